@@ -1,0 +1,1 @@
+"""MI-TUNE: point-wise mutual information for text-to-image alignment, implemented and examined."""

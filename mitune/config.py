@@ -1,0 +1,347 @@
+"""Parameters: `params.yaml` read into frozen dataclasses that refuse unknown keys, missing keys and impossible values by name.
+
+A notebook asks `config.read(parameters)`: with None (by hand) it gets the whole of `params.yaml`; with the mapping that the runner
+injected it gets the keys its stage declares in `dvc.yaml`, and no others.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")  # T2I-CompBench's names
+ARMS = ("random", "mi_paper", "mi_best", "judge")  # who picks the fine-tuning set
+
+
+@dataclass(frozen=True)
+class Range:
+    """The closed interval [low, high] of a number; None is open."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"at least {self.low}"
+        return f"between {self.low} and {self.high}"
+
+
+Count = Annotated[int, Range(1)]
+Size = Annotated[int, Range(0)]
+Index = Annotated[int, Range(0, 1000)]  # of a diffusion timestep
+Steps = Annotated[int, Range(2, 1000)]
+Scale = Annotated[float, Range(0.0)]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where a model lives: a folder of the project, or a name on the hub."""
+
+    pipeline: str
+    judge: str
+    similarity: str
+    prompts: str
+
+
+@dataclass(frozen=True)
+class Base:
+    cases: Count
+    scenes: Count
+    decoded_scenes: Count
+    timesteps: Count
+    n_prompts: Count
+    images: Count
+    guidance_scales: tuple[Scale, ...]
+    num_inference_steps: Steps
+    curve_cases: Count
+    curve_prompts: Count
+    batch_size: Count
+
+
+@dataclass(frozen=True)
+class Pool:
+    n_prompts: dict[str, Count]
+    M: Count
+    num_inference_steps: Steps
+    guidance_scale: Scale
+    shard_prompts: Count
+    batch_size: Count
+
+
+@dataclass(frozen=True)
+class Renoise:
+    timesteps: Count
+    noises: Count
+
+
+@dataclass(frozen=True)
+class Estimator:
+    form: Literal["orthogonal", "standard", "path"]
+    latents: Literal["trajectory", "renoised"]
+    t_min: Index
+    kappa: Literal["paper", "authors"] | None = None
+
+
+@dataclass(frozen=True)
+class Set:
+    k: Count
+    random_draws: Count
+    paper: str
+    best: str
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    low: Index
+    high: Index
+
+
+@dataclass(frozen=True)
+class Finetune:
+    adapter: Literal["dora", "lora"]
+    rank: Count
+    lora_alpha: Count
+    target_modules: tuple[str, ...]
+    learning_rate: Scale
+    betas: tuple[Annotated[float, Range(0.0, 1.0)], ...]
+    weight_decay: Scale
+    epsilon: Scale
+    max_grad_norm: Scale
+    steps: Count
+    batch_size: Count
+    timesteps: Timesteps
+    checkpoint_every: Count
+    seed: Size
+    arms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    n_prompts: Count
+    images: Count
+    guidance_scales: tuple[Scale, ...]
+    num_inference_steps: Steps
+    comp_prompts: Size
+    grid_prompts: Count
+    shard_prompts: Count
+    batch_size: Count
+
+
+@dataclass(frozen=True)
+class Params:
+    """All of `params.yaml`; what each key means, its unit and its range stand beside it there."""
+
+    model: str
+    reports: str
+    models: dict[str, Model]
+    device: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    seed: Size
+    categories: tuple[str, ...]
+    base: Base
+    pool: Pool
+    renoise: Renoise
+    estimators: dict[str, Estimator]
+    set: Set
+    finetune: Finetune
+    evaluate: Evaluate
+    pretrain: dict[str, Any]  # checked by mitune.pretraining, which alone reads it
+
+
+class Declared:
+    """The parameters that one stage declares; asking for another raises AttributeError naming it."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str):
+        raise AttributeError(f"parameter {name!r} is not declared by this stage: add it to its `params` and to `--params` in dvc.yaml")
+
+    def __setattr__(self, name: str, value):
+        raise AttributeError(f"parameter {name!r} cannot be set: change params.yaml")
+
+
+def root() -> Path:
+    """The project's folder: $MITUNE_ROOT, or the nearest folder upwards that holds `params.yaml`."""
+    if "MITUNE_ROOT" in os.environ:
+        return Path(os.environ["MITUNE_ROOT"])
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "params.yaml").is_file():
+            return folder
+    raise ValueError(f"no params.yaml in {Path.cwd()} or above: work inside the project's folder, or set MITUNE_ROOT to it")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML 1.2 mapping (so that 1e-4 is a number)."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        values = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: restore it with `git checkout -- {Path(path).name}`") from None
+    except YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no keys: restore it with `git checkout -- {Path(path).name}`")
+    return values
+
+
+def load(path: Path | None = None) -> Params:
+    """The checked parameters of a `params.yaml` (by default the project's). Raises ValueError, one line, naming the key."""
+    path = Path(path) if path else root() / "params.yaml"
+    try:
+        params = _build(Params, read_yaml(path), "")
+        _check({field.name: getattr(params, field.name) for field in fields(Params)})
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    return params
+
+
+def read(parameters: Mapping[str, Any] | None = None) -> Params | Declared:
+    """What a notebook may use: all of `params.yaml` for None, else only the top-level keys of `parameters`."""
+    if parameters is None:
+        return load()
+    hints = typing.get_type_hints(Params, include_extras=True)
+    unknown = sorted(set(parameters) - set(hints))
+    if unknown:
+        raise ValueError(f"unknown parameter {unknown[0]!r}: the parameters are {', '.join(hints)}")
+    values = {name: _build(hints[name], value, name) for name, value in parameters.items()}
+    _check(values)
+    return Declared(values)
+
+
+def declared(keys: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `values` that `keys` name; a dotted key (`models.shapes`) takes only that entry of its mapping."""
+    chosen: dict[str, Any] = {}
+    for key in keys:
+        source, target = values, chosen
+        *folders, last = key.split(".")
+        for folder in folders:
+            source, target = source.get(folder, {}), target.setdefault(folder, {})
+        if last not in source:
+            raise ValueError(f"unknown parameter {key!r}: params.yaml has {', '.join(values)}")
+        target[last] = source[last]
+    return chosen
+
+
+def merge(values: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with the entries of `overlay` in their place: mappings merge key by key, everything else is replaced."""
+    merged = dict(values)
+    for key, value in overlay.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` as an instance of the annotation `kind`; `where` is its dotted key."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    if origin is Annotated:
+        number = _build(arguments[0], value, where)
+        if number not in arguments[1]:
+            raise ValueError(f"{where} is {number}: it must be {arguments[1]}")
+        return number
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where} is {value!r}: it must be one of {', '.join(arguments)}")
+        return value
+    if origin is types.UnionType or origin is typing.Union:
+        return None if value is None else _build(next(option for option in arguments if option is not types.NoneType), value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError(f"{where} is {value!r}: it must be a list of at least one entry")
+        return tuple(_build(arguments[0], entry, f"{where}[{n}]") for n, entry in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping) or not value:
+            raise ValueError(f"{where} is {value!r}: it must be a mapping of at least one key")
+        return types.MappingProxyType({str(key): _build(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()})
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{where} is {value!r}: it must be {'a number' if kind is float else 'a whole number' if kind is int else 'text'}")
+    return value
+
+
+def _build_dataclass(kind: type, value: Any, where: str) -> Any:
+    dot = f"{where}." if where else ""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {value!r}: it must be a mapping of {', '.join(field.name for field in fields(kind))}")
+    names = {field.name for field in fields(kind)}
+    for name in value:
+        if name not in names:
+            raise ValueError(f"unknown key {dot}{name}: {where or 'the file'} takes {', '.join(field.name for field in fields(kind))}")
+    for field in fields(kind):
+        if field.name not in value and field.default is MISSING:
+            raise ValueError(f"missing key {dot}{field.name}: add it")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return kind(**{name: _build(hints[name], entry, f"{dot}{name}") for name, entry in value.items()})
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Conditions between values, of those keys that are given."""
+    for condition in (_check_names, _check_estimators, _check_sizes):
+        condition(given)
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    if "model" in given and given["model"] not in given.get("models", {given["model"]: None}):
+        raise ValueError(f"model is {given['model']!r}: `models` has {', '.join(given['models'])}")
+    if "model" in given and "reports" in given:
+        wanted = "reports" if given["model"] == "shapes" else f"reports/{given['model']}"
+        if given["reports"] != wanted:
+            raise ValueError(f"reports is {given['reports']!r}: for model {given['model']!r} it must be {wanted!r}")
+    categories = given.get("categories", ())
+    for category in categories:
+        if category not in CATEGORIES:
+            raise ValueError(f"categories has {category!r}: it must be one of {', '.join(CATEGORIES)}")
+    if len(set(categories)) < len(categories):
+        raise ValueError(f"categories has an entry twice: {', '.join(categories)}")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", given.get("device", "cpu")):
+        raise ValueError(f"device is {given['device']!r}: it must be cpu, cuda, cuda:<number> or mps")
+
+
+def _check_estimators(given: Mapping[str, Any]) -> None:
+    for name, estimator in given.get("estimators", {}).items():
+        where = f"estimators.{name}"
+        if (estimator.form == "path") == (estimator.kappa is not None):
+            raise ValueError(f"{where}.kappa is {estimator.kappa!r}: a path estimator has none, every other is 'paper' or 'authors'")
+        if estimator.form == "path" and estimator.latents != "trajectory":
+            raise ValueError(f"{where}.latents is {estimator.latents!r}: the path is known only along the trajectory")
+        if estimator.form == "standard" and estimator.latents != "renoised":
+            raise ValueError(f"{where}.latents is {estimator.latents!r}: the standard form needs the noise of re-noised latents")
+        if estimator.t_min >= 999:
+            raise ValueError(f"{where}.t_min is {estimator.t_min}: no timestep lies above it; it must be below 999")
+    if "set" in given and "estimators" in given:
+        for role in ("paper", "best"):
+            if getattr(given["set"], role) not in given["estimators"]:
+                raise ValueError(f"set.{role} is {getattr(given['set'], role)!r}: `estimators` has {', '.join(given['estimators'])}")
+
+
+def _check_sizes(given: Mapping[str, Any]) -> None:
+    pool, chosen, finetune = given.get("pool"), given.get("set"), given.get("finetune")
+    if pool and (unknown := sorted(set(pool.n_prompts) - {"train", "val", "test"})):
+        raise ValueError(f"unknown key pool.n_prompts.{unknown[0]}: the splits are train, val, test")
+    if pool and chosen and chosen.k > pool.M:
+        raise ValueError(f"set.k is {chosen.k} and pool.M is {pool.M}: no more images can be selected than were made; lower set.k or raise pool.M")
+    if finetune:
+        if finetune.timesteps.low >= finetune.timesteps.high:
+            raise ValueError(f"finetune.timesteps is {finetune.timesteps.low} to {finetune.timesteps.high}: low must be below high")
+        if len(finetune.betas) != 2:
+            raise ValueError(f"finetune.betas has {len(finetune.betas)} entries: AdamW takes two")
+        for arm in finetune.arms:
+            if arm not in ARMS:
+                raise ValueError(f"finetune.arms has {arm!r}: it must be one of {', '.join(ARMS)}")

@@ -1,0 +1,226 @@
+"""Fine-tuning of the denoiser on a selected set: a DoRA (or LoRA) adapter by PEFT, trained through accelerate.
+
+Table 8 of the paper gives the values: rank 32, alpha 32, AdamW, constant learning rate, gradients clipped to norm 1, t ~ U(500, 1000).
+Latents and conditioning lie in memory; step i draws its images, timesteps and noise from generators seeded by (seed, i) alone, so an
+interrupted run that resumes ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from mitune.config import Finetune
+from mitune.models import Conditioning, LatentDiffusion
+
+TARGETS = {"attention": ("to_k", "to_out.0", "to_q", "to_v"), "ff": ("ff.net.0.proj", "ff.net.2")}
+"""Layers of a transformer block by the names that `target_modules` takes: the paper adapts "attention and fully connected layers"."""
+
+ADAPTERS = {"dora": True, "lora": False}  # name -> LoraConfig.use_dora
+WITHOUT_EFFECT = ("arms", "checkpoint_every")  # of the configuration: what does not change the trained weights
+
+
+def finetune(
+    model: LatentDiffusion, latents: torch.Tensor, conditioning: Conditioning, config: Finetune, *,
+    seed: int, folder_checkpoints: Path, micro_batch_size: int | None = None, progress: Callable[[int], object] | None = None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Train an adapter on `model.network` to predict `latents` (N, C, H, W), scaled as the network sees them, from their captions (N).
+
+    loss = mean over the batch and the latent entries of (target(z_0, noise, t) - predict(z_t, t, caption))^2,
+    z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, t uniform on low..high-1; no caption is dropped. Only the adapter is trained, and it
+    stays attached: `model.save_adapter(folder)` writes it, `remove_adapter(model)` takes it off. After every `checkpoint_every` steps the
+    adapter and the optimizer are written to `folder_checkpoints`, under a name that only the same data, settings and weights find again.
+
+    Args:
+        micro_batch_size: images in one pass of one process, a divisor of its share of the batch; gradients are accumulated. The noise does not depend on it.
+        progress: called with the number of steps done since its last call, as tqdm's `update`.
+
+    Returns:
+        One row a step: step (from 1), loss, grad_norm (before clipping).
+
+    Raises:
+        ValueError: an empty set, captions that do not fit it, an impossible setting, an adapter that is attached already, a loss that is not finite.
+    """
+    _check(latents, conditioning, config, model)
+    accelerator = Accelerator(cpu=torch.device(model.device).type == "cpu", mixed_precision="no")
+    parts = _parts(config.batch_size, micro_batch_size, accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = parts
+    file = Path(folder_checkpoints) / f"{_fingerprint(model, latents, conditioning, config, seed, parts)}.pt"
+    add_adapter(model, config, seed=seed)
+    trained = {name: parameter for name, parameter in model.network.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, betas=tuple(config.betas), eps=config.epsilon, weight_decay=config.weight_decay)
+    rows = _restore(file, trained, optimizer)
+    objective, optimizer = accelerator.prepare(_Objective(model), optimizer)
+    if progress and rows:
+        progress(len(rows))
+    model.network.train()
+    for step in range(len(rows), config.steps):
+        batch = step_batch(latents, config, seed=seed, step=step)
+        loss, grad_norm = _step(accelerator, objective, optimizer, batch, conditioning, parts=parts, max_grad_norm=config.max_grad_norm)
+        if not loss < float("inf"):
+            raise ValueError(f"the loss is {loss} at step {step + 1}; lower finetune.learning_rate or use float32")
+        rows.append({"step": step + 1, "loss": loss, "grad_norm": grad_norm})
+        if accelerator.is_main_process and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
+            _write(file, trained, optimizer, rows)
+        if progress:
+            progress(1)
+    model.network.eval()
+    accelerator.free_memory()
+    return rows
+
+
+def step_batch(latents: torch.Tensor, config: Finetune, *, seed: int, step: int) -> dict[str, torch.Tensor]:
+    """What step `step` (from 0) trains on: `rows` (B,) of the set, `latents` and `noise` (B, C, H, W), `timesteps` (B,), noise of this step's own generator.
+
+    The set is gone through in epochs, each in a new order; a batch larger than the set spans several.
+    """
+    positions = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
+    epochs = positions // len(latents)
+    orders = {epoch: torch.randperm(len(latents), generator=_generator("epoch", seed, epoch)) for epoch in epochs.unique().tolist()}
+    rows = torch.stack([orders[epoch][position % len(latents)] for epoch, position in zip(epochs.tolist(), positions.tolist(), strict=True)])
+    generator = _generator("step", seed, step)
+    timesteps = torch.randint(config.timesteps.low, config.timesteps.high, (config.batch_size,), generator=generator)
+    noise = torch.randn((config.batch_size, *latents.shape[1:]), generator=generator)
+    return {"rows": rows, "latents": latents[rows], "noise": noise, "timesteps": timesteps}
+
+
+def add_adapter(model: LatentDiffusion, config: Finetune, *, seed: int) -> None:
+    """Attach a new adapter to `model.network` and freeze everything else; with B = 0 the outputs do not change yet.
+
+    W' = m (W + s B A) / ||W + s B A||, the norm over each row, s = lora_alpha / rank, m trained (DoRA); W' = W + s B A (LoRA).
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    if getattr(model.network, "peft_config", None):
+        raise ValueError("the model carries an adapter already; fuse it on loading, or call remove_adapter(model) first")
+    names = target_modules(model.network, config.target_modules)
+    adapter = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=names, use_dora=ADAPTERS[config.adapter], init_lora_weights=True)
+    model.network.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # PEFT draws A from the global generator
+        model.network.add_adapter(adapter)
+    model.network.peft_config["default"].target_modules = names  # PEFT keeps a set, whose order differs from run to run
+    cast_training_params(model.network, dtype=torch.float32)
+
+
+def remove_adapter(model: LatentDiffusion) -> None:
+    """Take the adapter off `model.network` and drop it; the base weights were never changed."""
+    if not getattr(model.network, "peft_config", None):
+        raise ValueError("the model carries no adapter to remove")
+    model.network.unload_lora()
+
+
+def target_modules(network: nn.Module, names: str | Iterable[str]) -> list[str]:
+    """Endings of the layers to adapt, sorted; `names` are keys of `TARGETS` ("attention+ff" or a list) or endings themselves.
+
+    Raises:
+        ValueError: no layer of the network has one of the endings.
+    """
+    names = names.split("+") if isinstance(names, str) else names
+    endings = sorted({ending for name in names for part in name.split("+") for ending in TARGETS.get(part, (part,))})
+    layers = [name for name, _ in network.named_modules()]
+    for ending in endings:
+        if not any(layer == ending or layer.endswith("." + ending) for layer in layers):
+            raise ValueError(f"finetune.target_modules: no layer is called {ending!r}; name {' or '.join(TARGETS)}, or the ending of a layer's name")
+    return endings
+
+
+# ---------------------------------------------------------------- parts
+
+
+class _Objective(nn.Module):
+    """The loss as a module, so that accelerate can wrap it for several processes."""
+
+    def __init__(self, model: LatentDiffusion):
+        super().__init__()
+        self.network = model.network
+        self._model = model
+
+    def forward(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        noisy = self._model.add_noise(latents, noise, timesteps)
+        error = self._model.predict(noisy, timesteps, conditioning).float() - self._model.target(latents, noise, timesteps).float()
+        return error.square().mean()
+
+
+def _step(
+    accelerator: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], conditioning: Conditioning, *,
+    parts: int, max_grad_norm: float,
+) -> tuple[float, float]:  # fmt: skip
+    """One optimizer step over `parts` micro-batches of this process's share of the batch; its loss and its gradient's norm before clipping."""
+    shares = (batch[name][accelerator.process_index :: accelerator.num_processes].chunk(parts) for name in ("rows", "latents", "noise", "timesteps"))
+    losses = []
+    for rows, *tensors in zip(*shares, strict=True):
+        with accelerator.accumulate(objective):
+            loss = objective(*(tensor.to(accelerator.device) for tensor in tensors), conditioning[rows])
+            accelerator.backward(loss)
+            losses.append(loss.detach())
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    return float(accelerator.reduce(torch.stack(losses).mean(), "mean")), float(grad_norm)
+
+
+def _generator(stream: str, seed: int, index: int) -> torch.Generator:
+    """A generator of its own for each (stream, seed, index)."""
+    digest = hashlib.sha256(f"{stream}\n{seed}\n{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def _write(file: Path, trained: dict[str, nn.Parameter], optimizer, rows: list[dict[str, float]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    torch.save({"adapter": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer.state_dict(), "rows": rows}, part)
+    part.replace(file)
+
+
+def _restore(file: Path, trained: dict[str, nn.Parameter], optimizer) -> list[dict[str, float]]:
+    """Put a checkpoint's state in place; the rows of the steps that it has done (none without a checkpoint)."""
+    if not file.exists():
+        return []
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state["adapter"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["rows"]
+
+
+def _fingerprint(model: LatentDiffusion, latents: torch.Tensor, conditioning: Conditioning, config: Finetune, seed: int, parts: int) -> str:
+    """A name for everything that the trained weights depend on."""
+    settings = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
+    digest = hashlib.sha256(repr((sorted(settings.items()), seed, parts, tuple(latents.shape))).encode())
+    tensors = [latents, *(conditioning.tensors[name] for name in sorted(conditioning.tensors)), *model.network.state_dict().values()]
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _parts(batch_size: int, micro_batch_size: int | None, processes: int) -> int:
+    """Micro-batches that one process takes for one step."""
+    share = batch_size // processes
+    micro = share if micro_batch_size is None else micro_batch_size
+    if batch_size % processes or micro < 1 or share % micro:
+        raise ValueError(f"finetune.batch_size = {batch_size} does not split into {processes} processes x micro-batches of {micro_batch_size}; choose divisors")
+    return share // micro
+
+
+def _check(latents: torch.Tensor, conditioning: Conditioning, config: Finetune, model: LatentDiffusion) -> None:
+    if not len(latents):
+        raise ValueError("the fine-tuning set is empty; select at least one image (set.k, pool.n_prompts)")
+    if len(conditioning) != len(latents):
+        raise ValueError(f"{len(latents)} latents and {len(conditioning)} captions; give each image its own")
+    if config.adapter not in ADAPTERS:
+        raise ValueError(f"finetune.adapter is {config.adapter!r}; choose {' or '.join(ADAPTERS)}")
+    if not config.learning_rate > 0:
+        raise ValueError(f"finetune.learning_rate is {config.learning_rate}; it must be above 0")
+    low, high, n = config.timesteps.low, config.timesteps.high, len(model.alphas_cumprod)
+    if not 0 <= low < high <= n:
+        raise ValueError(f"finetune.timesteps {low}..{high} must satisfy 0 <= low < high <= {n}")

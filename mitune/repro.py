@@ -1,0 +1,81 @@
+"""`dvc repro` that says which stage of how many is running and about how long the rest will take (`make repro`)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mitune import config, runner
+
+MINUTES = {"base": 6, "pool": 1.5, "scores": 1, "sets": 0.2, "finetune": 3, "evaluate": 2.5}  # on two cores, until a run has been timed
+ARTICLE_MINUTES = 0.4
+_BEGINS = re.compile(r"^Running stage '(?P<stage>[^']+)'|^Stage '(?P<same>[^']+)' (?:didn't change|is cached)")
+
+
+def expected_seconds(stage: str) -> float:
+    """How long a stage took when it last ran here, or else what it takes on two cores."""
+    return runner.seconds(stage.replace("@", "-")) or 60 * MINUTES.get(stage.split("@")[0], ARTICLE_MINUTES)
+
+
+def time_left(stages: list[str], seen: set[str]) -> str:
+    """The time that the stages not yet seen may take, if all of them run."""
+    minutes = sum(expected_seconds(stage) for stage in stages if stage not in seen) / 60
+    return f"about {minutes:.0f} min left" if minutes >= 1.5 else "about a minute left"
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "dvc", *arguments]
+
+
+def environment(root: Path) -> dict[str, str]:
+    """This interpreter's folder first on PATH, where the stages find `python`, and the project's own package first on its path."""
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root)}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    return env
+
+
+def repro(arguments: list[str]) -> int:
+    """Run `dvc repro` with `arguments`; its exit status."""
+    root = config.root().resolve()
+    config.load(root / "params.yaml")
+    env = environment(root)
+    listed = subprocess.run(command("stage", "list", "--name-only"), cwd=root, env=env, capture_output=True, text=True)
+    if listed.returncode:
+        print(listed.stderr, end="", file=sys.stderr)
+        return listed.returncode
+    stages, seen, started = listed.stdout.split(), set(), time.monotonic()
+    process = subprocess.Popen(command("repro", *arguments), cwd=root, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout:
+            found = _BEGINS.match(line)
+            if found and found["stage"]:
+                spent = (time.monotonic() - started) / 60
+                print(f"[{len(seen) + 1}/{len(stages)}] {found['stage']} · {spent:.1f} min so far · {time_left(stages, seen)}", flush=True)
+            elif not found:
+                print(line, end="", flush=True)
+            if found:
+                seen.add(found["stage"] or found["same"])
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        print("interrupted: the same command goes on from the last finished shard or checkpoint", file=sys.stderr)
+        return 130
+    if status == 0:
+        print(f"done in {(time.monotonic() - started) / 60:.1f} min: read {config.read_yaml(root / 'params.yaml')['reports']}/README.md")
+    return status
+
+
+def main() -> int:
+    try:
+        return repro(sys.argv[1:])
+    except ValueError as error:
+        print(f"mitune: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Oracle: the file itself, and the rules written beside its keys."""
+
+import copy
+
+import pytest
+
+from mitune import config
+
+
+@pytest.fixture
+def values():
+    return copy.deepcopy(config.read_yaml(config.root() / "params.yaml"))
+
+
+def write(values, folder):
+    from ruamel.yaml import YAML
+
+    with (folder / "params.yaml").open("w") as file:
+        YAML(typ="safe").dump(values, file)
+    return folder / "params.yaml"
+
+
+def put(values, key, value):
+    *folders, last = key.split(".")
+    for folder in folders:
+        values = values[folder]
+    if value is KeyError:
+        del values[last]
+    else:
+        values[last] = value
+
+
+def test_the_projects_own_parameters_are_valid_and_typed():
+    params = config.load()
+    assert params.finetune.learning_rate == 2e-4
+    assert params.pool.n_prompts["train"] == 40
+    assert params.estimators["path"].kappa is None
+    with pytest.raises(AttributeError):
+        params.pool.M = 3
+
+
+def test_the_toy_overlay_is_valid(values):
+    overlay = config.read_yaml(config.root() / "mitune" / "smoke.yaml")
+    merged = config.merge(values, overlay)
+    assert config.read(merged).categories == ("color", "spatial")
+    assert merged["pool"]["guidance_scale"] == values["pool"]["guidance_scale"]
+    assert values["pool"]["M"] == 16  # the original is untouched
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("pool.m", 16, "unknown key pool.m"),
+        ("pool.M", KeyError, "missing key pool.M"),
+        ("seed", KeyError, "missing key seed"),
+        ("pool.M", 0, "pool.M is 0: it must be at least 1"),
+        ("pool.M", "16", "pool.M is '16': it must be a whole number"),
+        ("pool.M", True, "pool.M is True"),
+        ("pool.n_prompts.dev", 3, "pool.n_prompts.dev"),
+        ("set.k", 17, "set.k is 17 and pool.M is 16"),
+        ("set.best", "stanard", "set.best is 'stanard'"),
+        ("categories", ["colour"], "'colour'"),
+        ("categories", ["color", "color"], "twice"),
+        ("categories", [], "categories is []"),
+        ("dtype", "float23", "dtype is 'float23'"),
+        ("device", "gpu", "device is 'gpu'"),
+        ("model", "sd", "model is 'sd'"),
+        ("reports", "reports/shapes", "reports is 'reports/shapes'"),
+        ("finetune.timesteps.low", 1000, "low must be below high"),
+        ("finetune.learning_rate", "2e-4x", "finetune.learning_rate is '2e-4x': it must be a number"),
+        ("finetune.arms", ["chance"], "'chance'"),
+        ("finetune.betas", [0.9, 1.5], "finetune.betas[1] is 1.5"),
+        ("estimators.path.latents", "renoised", "estimators.path.latents"),
+        ("estimators.path.kappa", "paper", "estimators.path.kappa"),
+        ("estimators.standard.latents", "trajectory", "estimators.standard.latents"),
+        ("estimators.standard.t_min", 999, "estimators.standard.t_min is 999"),
+        ("evaluate.guidance_scales", [-1.0], "evaluate.guidance_scales[0] is -1.0"),
+        ("pool.num_inference_steps", 1, "between 2 and 1000"),
+    ],
+)
+def test_bad_values_are_refused_by_name_in_one_line(values, tmp_path, key, value, named):
+    put(values, key, value)
+    with pytest.raises(ValueError) as error:
+        config.load(write(values, tmp_path))
+    assert named in str(error.value)
+    assert str(error.value).startswith("params.yaml: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_mapping_is_named(tmp_path):
+    for text in ("", "a: [1", "- 1"):
+        (tmp_path / "params.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"params\.yaml") as error:
+            config.load(tmp_path / "params.yaml")
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="missing"):
+        config.load(tmp_path / "absent.yaml")
+
+
+def test_exponents_are_numbers(tmp_path):
+    (tmp_path / "a.yaml").write_text("rate: 1e-4\n")
+    assert config.read_yaml(tmp_path / "a.yaml") == {"rate": 1e-4}
+
+
+def test_a_stage_sees_only_what_it_declares(values):
+    params = config.read(config.declared(["model", "models.shapes", "pool"], values | {"models": values["models"] | {"sd": {}}}))
+    assert params.pool.M == 16
+    assert list(params.models) == ["shapes"]
+    with pytest.raises(AttributeError, match="'finetune' is not declared"):
+        _ = params.finetune
+    with pytest.raises(AttributeError, match="params.yaml"):
+        params.model = "sd"
+    with pytest.raises(ValueError, match="unknown parameter 'pol'"):
+        config.read({"pol": 1})
+    with pytest.raises(ValueError, match=r"unknown parameter 'models.sdx'"):
+        config.declared(["models.sdx"], values)
+
+
+def test_by_hand_the_whole_file_is_read():
+    assert config.read(None) == config.load()
+
+
+def test_the_root_is_found_upwards(tmp_path, monkeypatch):
+    monkeypatch.delenv("MITUNE_ROOT", raising=False)
+    (tmp_path / "params.yaml").write_text("")
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    assert config.root() == tmp_path
+    monkeypatch.setenv("MITUNE_ROOT", "/elsewhere")
+    assert str(config.root()) == "/elsewhere"

@@ -1,0 +1,202 @@
+"""Oracles: a plain PEFT and AdamW loop, bit-for-bit invariants of resuming, and the closed form of DoRA's merged weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mitune import finetuning
+from mitune.config import Finetune, Timesteps
+from mitune.models import load
+
+CONFIG = Finetune(
+    adapter="dora", rank=4, lora_alpha=4, target_modules=("attention", "ff"), learning_rate=1e-2, betas=(0.9, 0.999), weight_decay=1e-2, epsilon=1e-8,
+    max_grad_norm=1.0, steps=6, batch_size=8, timesteps=Timesteps(500, 1000), checkpoint_every=3, seed=0, arms=("random",),
+)  # fmt: skip
+
+
+@pytest.fixture
+def model(tiny_pipeline):
+    return load(tiny_pipeline)
+
+
+@pytest.fixture
+def data(model):
+    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return latents, model.encode(["a red circle", "a blue square", "a green star", "a red moon", "a blue circle"])
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.network.state_dict().items()}
+
+
+def train(model, data, folder, config=CONFIG, **arguments) -> list[dict[str, float]]:
+    return finetuning.finetune(model, *data, config, seed=arguments.pop("seed", 0), folder_checkpoints=folder, **arguments)
+
+
+def loss_of(model, data) -> float:
+    batch = finetuning.step_batch(data[0], replace(CONFIG, batch_size=100), seed=99, step=0)
+    with torch.no_grad():
+        return float(finetuning._Objective(model)(batch["latents"], batch["noise"], batch["timesteps"], data[1][batch["rows"]]))
+
+
+def test_loss_falls_and_only_the_adapter_learns(model, data, tmp_path):
+    before, start = weights(model), loss_of(model, data)
+    rows = train(model, data, tmp_path, replace(CONFIG, steps=40))
+    assert [row["step"] for row in rows] == list(range(1, 41)) and all(row["grad_norm"] > 0 for row in rows)
+    assert loss_of(model, data) < 0.9 * start
+    learnt = weights(model)
+    assert any("lora_magnitude_vector" in name for name in learnt)
+    finetuning.remove_adapter(model)
+    after = weights(model)
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(ValueError, match="no adapter to remove"):
+        finetuning.remove_adapter(model)
+
+
+def test_first_steps_agree_with_a_plain_loop(model, data, tmp_path):
+    rows = train(model, data, tmp_path, replace(CONFIG, steps=3))
+    learnt = weights(model)
+    finetuning.remove_adapter(model)
+    finetuning.add_adapter(model, CONFIG, seed=0)
+    parameters = [p for p in model.network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=1e-2)
+    for step in range(3):
+        batch = finetuning.step_batch(data[0], CONFIG, seed=0, step=step)
+        scheduler, t = model.pipeline.scheduler, batch["timesteps"]
+        prediction = model.predict(scheduler.add_noise(batch["latents"], batch["noise"], t), t, data[1][batch["rows"]])
+        loss = torch.nn.functional.mse_loss(prediction, scheduler.get_velocity(batch["latents"], batch["noise"], t))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        assert_close([rows[step]["loss"], rows[step]["grad_norm"]], [loss.item(), norm.item()])
+    for name, value in weights(model).items():
+        assert_close(value, learnt[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["dora", "lora"])
+def test_interrupted_run_ends_with_the_same_bytes(model, data, tmp_path, adapter):
+    config = replace(CONFIG, adapter=adapter)
+    rows = train(model, data, tmp_path / "whole", config)
+    learnt = weights(model)
+    finetuning.remove_adapter(model)
+
+    done = []
+
+    def stop(n):
+        done.append(n)
+        if sum(done) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data, tmp_path / "cut", config, progress=stop)
+    finetuning.remove_adapter(model)
+    done.clear()
+    assert train(model, data, tmp_path / "cut", config, progress=done.append) == rows
+    assert done == [3, 1, 1, 1]  # three steps were kept
+    assert all(torch.equal(value, learnt[name]) for name, value in weights(model).items())
+
+
+def test_a_checkpoint_of_other_data_or_settings_is_not_taken(model, data, tmp_path):
+    shifted, swapped = (data[0] + 1, data[1]), (data[0], data[1][torch.tensor([1, 0, 2, 3, 4])])
+    for part, arguments in ((data, {}), (data, {"seed": 1}), (data, {"config": replace(CONFIG, rank=2)}), (shifted, {}), (swapped, {})):
+        steps = []
+        train(model, part, tmp_path, progress=steps.append, **arguments)
+        assert steps == [1] * 6
+        finetuning.remove_adapter(model)
+    steps = []
+    train(model, data, tmp_path, replace(CONFIG, checkpoint_every=1), progress=steps.append)
+    assert steps == [6] and len(list(tmp_path.glob("*.pt"))) == 5 and not list(tmp_path.glob("*.part"))
+
+
+def test_micro_batches_change_nothing_but_rounding(model, data, tmp_path):
+    whole = train(model, data, tmp_path / "whole", replace(CONFIG, learning_rate=1e-3))
+    finetuning.remove_adapter(model)
+    parts = train(model, data, tmp_path / "parts", replace(CONFIG, learning_rate=1e-3), micro_batch_size=2)
+    for a, b in zip(whole, parts, strict=True):
+        assert_close([a["loss"], a["grad_norm"]], [b["loss"], b["grad_norm"]], rtol=1e-3, atol=1e-4)
+
+
+def test_only_the_chosen_timesteps_and_every_image_equally_often(data):
+    config = replace(CONFIG, timesteps=Timesteps(997, 1000), batch_size=8)
+    batches = [finetuning.step_batch(data[0], config, seed=0, step=step) for step in range(5)]
+    assert set(torch.cat([batch["timesteps"] for batch in batches]).tolist()) == {997, 998, 999}
+    rows = torch.cat([batch["rows"] for batch in batches])
+    assert rows.bincount().tolist() == [8] * 5 and all(set(part.tolist()) == set(range(5)) for part in rows.split(5))
+    assert not torch.equal(batches[0]["noise"], batches[1]["noise"])
+    again = finetuning.step_batch(data[0], config, seed=0, step=3)
+    assert all(torch.equal(again[name], batches[3][name]) for name in again)
+    assert torch.equal(again["latents"], data[0][again["rows"]])
+
+
+def test_adapter_round_trip_through_the_pipelines_own_format(model, data, tiny_pipeline, tmp_path):
+    config = replace(CONFIG, lora_alpha=8)  # not the rank: lost metadata would show
+    train(model, data, tmp_path / "checkpoints", config)
+    with torch.no_grad():  # training hardly moves the magnitude, so that a lost one would not show
+        for name, parameter in model.network.named_parameters():
+            if "lora_magnitude_vector" in name:
+                parameter.mul_(1.3)
+    model.save_adapter(tmp_path / "adapter")
+    timesteps = torch.full((5,), 700)
+    with torch.no_grad():
+        attached = model.predict(data[0], timesteps, data[1])
+        loaded = load(tiny_pipeline, adapter=tmp_path / "adapter")
+        assert_close(loaded.predict(data[0], timesteps, data[1]), attached, rtol=1e-3, atol=1e-4)
+        finetuning.remove_adapter(model)
+        assert (model.predict(data[0], timesteps, data[1]) - attached).abs().max() > 1e-2
+
+
+def test_merged_weight_is_doras_equation(model, data, tiny_pipeline, tmp_path):
+    train(model, data, tmp_path / "checkpoints", replace(CONFIG, lora_alpha=8))
+    name = next(name for name, _ in model.network.named_modules() if name.endswith("attn2.to_q"))
+    layer = model.network.get_submodule(name)
+    a, b, m = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_magnitude_vector["default"].weight
+    direction = layer.base_layer.weight + 8 / 4 * b @ a
+    expected = (m[:, None] * direction / direction.norm(dim=1, keepdim=True)).detach()
+    model.save_adapter(tmp_path / "adapter")
+    merged = load(tiny_pipeline, adapter=tmp_path / "adapter").network.get_submodule(name).weight
+    assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+    assert (merged - layer.base_layer.weight).abs().max() > 1e-3
+
+
+def test_targets_are_attention_and_fully_connected_layers(model):
+    assert finetuning.target_modules(model.network, "attention") == ["to_k", "to_out.0", "to_q", "to_v"]
+    both = ["ff.net.0.proj", "ff.net.2", "to_k", "to_out.0", "to_q", "to_v"]
+    assert finetuning.target_modules(model.network, "attention+ff") == both == finetuning.target_modules(model.network, ("ff", "attention")) == finetuning.target_modules(model.network, both)
+    finetuning.add_adapter(model, CONFIG, seed=0)
+    adapted = {name for name, module in model.network.named_modules() if hasattr(module, "lora_A")}
+    expected = {name for name, module in model.network.named_modules() if "transformer_blocks" in name and isinstance(module, torch.nn.Linear) and "lora" not in name}
+    assert adapted == {name.removesuffix(".base_layer") for name in expected}
+    assert model.network.peft_config["default"].target_modules == both  # a list: a set would be written in another order each run
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.0}, "finetune.learning_rate is 0.0"),
+        ({"adapter": "vera"}, "finetune.adapter is 'vera'; choose dora or lora"),
+        ({"timesteps": Timesteps(500, 1001)}, "finetune.timesteps 500..1001"),
+        ({"target_modules": ("to_w",)}, "finetune.target_modules: no layer is called 'to_w'"),
+        ({"batch_size": 7}, "finetune.batch_size = 7 does not split"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(model, data, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        train(model, data, tmp_path, replace(CONFIG, **change), micro_batch_size=2)
+    assert "\n" not in str(error.value) and not hasattr(model.network, "peft_config")
+
+
+def test_bad_data_is_one_clear_line(model, data, tmp_path):
+    latents, conditioning = data
+    with pytest.raises(ValueError, match="the fine-tuning set is empty"):
+        train(model, (latents[:0], conditioning), tmp_path)
+    with pytest.raises(ValueError, match="3 latents and 5 captions"):
+        train(model, (latents[:3], conditioning), tmp_path)
+    with pytest.raises(ValueError, match="the loss is nan at step 1"):
+        train(model, (latents * float("nan"), conditioning), tmp_path)
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        train(model, data, tmp_path)

@@ -1,0 +1,80 @@
+"""Invariants: what is drawn where, nothing global changed, equal figures equal bytes."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from mitune import plots
+from mitune.statistics import Interval
+
+SERIES = {
+    "base": {"color": Interval(50, 45, 55, 60), "shape": Interval(43, 40, 46, 60)},
+    "MI-TUNE": {"color": Interval(65, 60, 70, 60), "shape": Interval(50, float("nan"), float("nan"), 1)},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_figure_stays_open():
+    yield
+    plt.close("all")
+
+
+def test_grid_accepts_bytes_and_floats_alike():
+    images = torch.randint(256, (2, 3, 3, 8, 8), dtype=torch.uint8)
+    pictures = plots._pixels(images)
+    np.testing.assert_allclose(pictures, plots._pixels(images.float() / 127.5 - 1), atol=1e-6)
+    np.testing.assert_allclose(pictures[1, 2, 4, 5], images[1, 2, :, 4, 5].numpy() / 255, atol=1e-6)
+
+
+def test_grid_writes_scores_captions_and_columns():
+    figure = plots.image_grid(np.zeros((2, 3, 3, 8, 8)), scores=np.arange(6).reshape(2, 3), captions=["a red circle", "a blue moon"], columns=["1", "8", "16"])
+    axes = np.array(figure.axes).reshape(2, 3)
+    assert axes[1, 2].get_xlabel() == "5.0" and axes[1, 0].get_ylabel() == "a blue moon" and axes[0, 1].get_title() == "8"
+
+
+@pytest.mark.parametrize("wrong", [{"scores": np.zeros((3, 2))}, {"captions": ["one"]}, {"columns": ["one"]}])
+def test_grid_refuses_what_does_not_fit(wrong):
+    with pytest.raises(ValueError, match="do not fit a grid of 2 x 3"):
+        plots.image_grid(np.zeros((2, 3, 3, 8, 8)), **wrong)
+    with pytest.raises(ValueError, match="must have the shape"):
+        plots.image_grid(np.zeros((2, 3, 8, 8, 3)))
+
+
+@pytest.mark.parametrize("draw", [lambda **k: plots.interval_dots(SERIES, xlabel="alignment (%)", **k), lambda **k: plots.interval_bars(SERIES, ylabel="alignment (%)", **k)])
+def test_intervals_show_control_and_reference(draw):
+    figure = draw(control="base", reference={"color": 65.04})
+    (ax,) = figure.axes
+    handles, labels = ax.get_legend_handles_labels()
+    assert set(labels) == {"base", "MI-TUNE", "paper"} and figure.legends
+    grey = dict(zip(labels, handles, strict=True))["base"][0]
+    color = grey.get_color() if hasattr(grey, "get_color") else grey.get_facecolor()
+    assert matplotlib.colors.to_hex(color) == plots.CONTROL
+
+
+def test_dots_stand_at_the_means_with_their_ends():
+    (ax,) = plots.interval_dots({"tau": SERIES["base"]}, xlabel="x", zero=True).axes
+    container = ax.containers[0]
+    np.testing.assert_allclose(container[0].get_xdata(), [50, 43])
+    np.testing.assert_allclose(container[2][0].get_segments()[0][:, 0], [45, 55])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["color", "shape"]
+
+
+def test_curves_with_and_without_bands():
+    x = np.arange(1, 5)
+    figure = plots.curves({"knows": (x, x, x - 1, x + 1), "does": (x, x**2)}, xlabel="step", ylabel="%", reference={"target": 3}, log_x=True)
+    (ax,) = figure.axes
+    assert len(ax.collections) == 1 and len(ax.lines) == 3 and ax.get_xscale() == "log"
+
+
+def test_settings_are_left_alone_and_bytes_are_equal(tmp_path):
+    before = dict(matplotlib.rcParams)
+    files = [plots.save(plots.interval_bars(SERIES, ylabel="%"), tmp_path / "new" / f"{n}.png") for n in range(2)]
+    assert dict(matplotlib.rcParams) == before
+    assert files[0].read_bytes() == files[1].read_bytes() and files[0].stat().st_size > 5000

@@ -1,0 +1,150 @@
+"""Oracles: closed forms, scipy, brute force over pairs, and the coverage of the interval."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mitune import statistics
+from mitune.statistics import Interval
+
+FEW = {"resamples": 500}
+
+
+def test_mean_is_of_rows_and_n_is_of_clusters():
+    interval = statistics.mean_interval([0.0, 1.0, 1.0, 1.0], ["a", "a", "b", "b"], **FEW)
+    assert interval.mean == 0.75 and interval.n == 2
+    assert (interval.low, interval.high) == (0.5, 1.0)  # the two clusters' means
+
+
+def test_interval_matches_the_normal_one_for_independent_rows():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    interval = statistics.mean_interval(values, np.arange(400))
+    half = 1.96 * values.std(ddof=1) / 20
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.02) and interval.high == pytest.approx(values.mean() + half, abs=0.02)
+
+
+def test_interval_covers_the_truth_where_rows_resemble_within_a_cluster():
+    rng = np.random.default_rng(1)
+    hits = naive = 0
+    for _ in range(200):
+        clusters = np.repeat(np.arange(30), 6)
+        values = rng.normal(0, 1, 30)[clusters] + rng.normal(0, 0.5, 180)
+        hits += not statistics.mean_interval(values, clusters, **FEW).excludes(0)
+        naive += not statistics.mean_interval(values, np.arange(180), **FEW).excludes(0)
+    assert 0.87 <= hits / 200 <= 0.99
+    assert naive / 200 < 0.75  # resampling images would claim far too much
+
+
+def test_seeds_crossed_with_prompts_widen_the_interval():
+    prompts, seeds = np.repeat(np.arange(20), 3), np.tile(np.arange(3), 20)
+    values = np.array([-1.0, 0.0, 1.0])[seeds] + 0.01 * np.random.default_rng(2).normal(size=60)
+    one, both = statistics.mean_interval(values, prompts, **FEW), statistics.mean_interval(values, prompts, seeds, **FEW)
+    assert both.high - both.low > 20 * (one.high - one.low)
+    assert statistics.seed_means(values, seeds)[2] == pytest.approx(1.0, abs=0.02)
+
+
+def test_crossed_bootstrap_agrees_with_a_plain_loop():
+    rng = np.random.default_rng(3)
+    prompts, seeds, values = np.repeat(np.arange(8), 4), np.tile(np.arange(4), 8), rng.normal(size=32)
+    table = values.reshape(8, 4)
+    loop = [table[np.ix_(rng.integers(8, size=8), rng.integers(4, size=4))].mean() for _ in range(20_000)]
+    interval = statistics.mean_interval(values, prompts, seeds, resamples=20_000)
+    np.testing.assert_allclose([interval.low, interval.high], np.quantile(loop, [0.025, 0.975]), atol=0.02)
+
+
+def test_same_seed_same_interval_and_row_order_does_not_matter():
+    rng = np.random.default_rng(4)
+    values, clusters, order = rng.normal(size=60), np.repeat(np.arange(20), 3), rng.permutation(60)
+    first, second = statistics.mean_interval(values, clusters, **FEW), statistics.mean_interval(values[order], clusters[order], **FEW)
+    assert first == statistics.mean_interval(values, clusters, **FEW)
+    np.testing.assert_allclose([first.mean, first.low, first.high], [second.mean, second.low, second.high])
+
+
+def test_paired_difference_removes_what_the_rows_share():
+    rng = np.random.default_rng(5)
+    prompts, shared = np.repeat(np.arange(40), 5), rng.normal(0, 10, 200)
+    interval = statistics.paired_difference(shared + 1, shared, prompts, **FEW)
+    np.testing.assert_allclose([interval.mean, interval.low, interval.high], 1)
+    assert interval.excludes(0) and not statistics.mean_interval(shared + 1, prompts, **FEW).excludes(0)
+    with pytest.raises(ValueError, match="aligned rows"):
+        statistics.paired_difference([1.0, 2.0], [1.0], [0, 0])
+
+
+def test_one_cluster_has_no_interval():
+    interval = statistics.mean_interval([1.0, 2.0], [0, 0])
+    assert interval.mean == 1.5 and np.isnan(interval.low) and not interval.excludes(100)
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters", "message"),
+    [([], [], "no values"), ([1.0, np.nan], [0, 1], "1 values are not finite"), ([1.0, 2.0], [0], "differ in length")],
+)
+def test_bad_input_is_named_in_one_line(values, clusters, message):
+    with pytest.raises(ValueError, match=message) as error:
+        statistics.mean_interval(values, clusters)
+    assert "\n" not in str(error.value)
+
+
+def test_format():
+    assert f"{Interval(61.57, 58.0, 65.12, 60):.1f}" == "61.6 [58.0, 65.1], n = 60"
+    assert f"{Interval(0.6157, 0.58, 0.6512, 60, 3).scaled(100):.1f}" == "61.6 [58.0, 65.1], n = 60 (+ 3 undefined)"
+
+
+def test_tau_is_the_mean_of_scipys_and_constant_prompts_are_counted():
+    rng = np.random.default_rng(6)
+    prompt = np.repeat([7, 3, 5], 8)
+    score, label = rng.normal(size=24), rng.integers(3, size=24).astype(float)
+    label[8:16] = 1.0
+    expected = np.mean([stats.kendalltau(score[prompt == name], label[prompt == name]).statistic for name in (7, 5)])
+    interval = statistics.kendall_tau(score, label, prompt, **FEW)
+    assert interval.mean == pytest.approx(expected) and interval.n == 2 and interval.undefined == 1
+
+
+def test_three_ranks_are_the_papers():
+    mi = np.random.default_rng(7).permutation(50).astype(float)
+    rank = 50 - mi  # 1 is the highest
+    label = np.zeros(50)
+    label[rank == 1], label[rank == 25], label[rank == 50] = 0.5, 0.9, 0.1
+    interval = statistics.tau_three_ranks(mi, label, np.zeros(50), **FEW)
+    assert interval.mean == pytest.approx(1 / 3)  # two pairs agree, one does not
+    label[rank == 24], label[rank == 26] = 7, 7  # not looked at
+    assert statistics.tau_three_ranks(mi, label, np.zeros(50), **FEW).mean == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="at least 3"):
+        statistics.tau_three_ranks([1.0, 2.0], [1.0, 2.0], [0, 0])
+
+
+@pytest.mark.parametrize("images", [3, 4, 5])
+def test_three_ranks_are_distinct_for_small_pools(images):
+    values = np.arange(images, dtype=float)
+    assert statistics.tau_three_ranks(values, values, np.zeros(images), **FEW).mean == pytest.approx(1)
+
+
+def test_auc_counts_pairs():
+    rng = np.random.default_rng(8)
+    prompt = np.repeat(np.arange(4), 9)
+    score, label = rng.integers(5, size=36).astype(float), rng.integers(2, size=36)
+    label[prompt == 2] = 1
+    expected = []
+    for name in (0, 1, 3):
+        rows = prompt == name
+        pairs = itertools.product(score[rows & (label == 1)], score[rows & (label == 0)])
+        expected.append(np.mean([(one > zero) + 0.5 * (one == zero) for one, zero in pairs]))
+    interval = statistics.auc_within(score, label, prompt, **FEW)
+    assert interval.mean == pytest.approx(np.mean(expected)) and interval.n == 3 and interval.undefined == 1
+    with pytest.raises(ValueError, match="true or false"):
+        statistics.auc_within(score, score / 5, prompt)
+
+
+def test_auc_without_any_usable_prompt_is_undefined():
+    interval = statistics.auc_within([1.0, 2.0], [True, True], [0, 0])
+    assert np.isnan(interval.mean) and interval.n == 0 and interval.undefined == 1
+
+
+def test_top_and_bottom():
+    prompt, score, value = [0, 0, 0, 1, 1, 1], [1.0, 3.0, 2.0, 5.0, 5.0, 4.0], [10.0, 30.0, 20.0, 1.0, 2.0, 3.0]
+    assert statistics.top_mean(score, value, prompt, **FEW).mean == pytest.approx((30 + 1) / 2)
+    assert statistics.bottom_mean(score, value, prompt, **FEW).mean == pytest.approx((10 + 3) / 2)
