@@ -18,6 +18,7 @@ from torch import nn
 
 from mitune import captions as grammar
 from mitune.geometry import IMAGE_SIZE
+from mitune.models import quiet
 
 CONTACT_CLASSES = ("inside", "around", "touching", "overlapping", "apart")  # of an ordered pair of shapes
 
@@ -35,10 +36,12 @@ class ShapesJudge(nn.Module):
     BLIP-VQA (T2I-CompBench, Huang et al. 2023, Section 4.1).
     """
 
+    FAILURES = ("none", "neglect", "binding", "layout")
+
     def __init__(self, width: int = 64):
         super().__init__()
         channels = (3, 24, 48, width, width)
-        self.trunk = nn.Sequential(*(Block(a, b, stride) for a, b, stride in zip(channels, channels[1:], (2, 2, 1, 1))))
+        self.trunk = nn.Sequential(*(Block(a, b, stride) for a, b, stride in zip(channels, channels[1:], (2, 2, 1, 1), strict=False)))
         self.place = nn.Parameter(torch.randn(width, 16, 16) * 0.1)
         self.query = nn.Parameter(torch.randn(len(grammar.SHAPES), width) * 0.1)
         self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
@@ -71,8 +74,8 @@ class ShapesJudge(nn.Module):
 
     def failures(self, images: torch.Tensor, prompts: list[str]) -> list[str]:
         """What is wrong with each image: "neglect" (an object is missing), "binding" (an attribute is wrong), "layout" (the relation is), or "none"."""
-        kinds = ("neglect", "binding", "layout")
-        return [next((kind for kind in kinds if any(k == kind and value < 0.5 for k, value in parts)), "none") for parts in self.parts(images, prompts)]
+        doubtful = [{kind for kind, value in parts if value < 0.5} for parts in self.parts(images, prompts)]
+        return [next((kind for kind in self.FAILURES[1:] if kind in kinds), "none") for kinds in doubtful]
 
     @torch.inference_mode()
     def parts(self, images: torch.Tensor, prompts: list[str], *, batch_size: int = 512) -> list[list[tuple[str, float]]]:
@@ -92,9 +95,9 @@ class ShapesJudge(nn.Module):
         index = torch.tensor([[grammar.SHAPES.index(caption.phrases[i].shape) for i in (0, -1)] for caption in captions], device=images.device)
         contact = self.contact(answers["feature"], index[:, 0], index[:, 1]).softmax(-1).cpu()
         result = []
-        for n, (caption, shapes) in enumerate(zip(captions, index.tolist())):
+        for n, (caption, shapes) in enumerate(zip(captions, index.tolist(), strict=True)):
             parts = []
-            for phrase, s in zip(caption.phrases, shapes):
+            for phrase, s in zip(caption.phrases, shapes, strict=False):  # a single phrase stands twice in `shapes`
                 parts.append(("neglect", float(present[n, s])))
                 said = {name: getattr(phrase, name) for name in options}
                 parts += [("binding", float(probability[name][n, s, options[name].index(word)])) for name, word in said.items() if word]
@@ -137,7 +140,8 @@ class Similarity:
     def load(cls, folder: Path, *, device: str = "cpu") -> Similarity:
         from transformers import CLIPModel, CLIPTokenizer
 
-        return cls(CLIPModel.from_pretrained(folder).to(device), CLIPTokenizer.from_pretrained(folder))
+        with quiet():
+            return cls(CLIPModel.from_pretrained(folder, dtype=torch.float32).to(device), CLIPTokenizer.from_pretrained(folder))
 
     @torch.inference_mode()
     def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

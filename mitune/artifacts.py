@@ -21,23 +21,28 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from mitune import config
 
 TEXT, WHOLE, REAL, TRUTH = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 _IMAGE = {"prompt_id": WHOLE, "prompt": TEXT, "image": WHOLE}
+_SCENE = {"scene": TEXT}  # what several wordings of a prompt have in common: the unit that is resampled
 _ALIGNMENT = {"judge": REAL, "similarity": REAL}  # probability of being right; cosine
 
 SCHEMAS: dict[str, dict[str, pa.DataType]] = {
-    "scores": {"category": TEXT, "split": TEXT, **_IMAGE, **_ALIGNMENT},  # and, a column each, the estimators and their standard errors (`_se`), in nats
+    "scores": {
+        "category": TEXT,
+        "split": TEXT,
+        **_IMAGE,
+        **_SCENE,
+        **_ALIGNMENT,
+    },  # and each estimator and its standard error (`_se`), in nats
     "sets": {"category": TEXT, "arm": TEXT, "draw": WHOLE, **_IMAGE, "weight": REAL, "why": TEXT},
     "curves": {"category": TEXT, "arm": TEXT, "step": WHOLE, "loss": REAL, "grad_norm": REAL},
-    "images": {"category": TEXT, "arm": TEXT, "split": TEXT, "guidance_scale": REAL, **_IMAGE, **_ALIGNMENT},
+    "images": {"category": TEXT, "arm": TEXT, "split": TEXT, "guidance_scale": REAL, **_IMAGE, **_SCENE, **_ALIGNMENT, "failure": TEXT},
     "knows": {"category": TEXT, "kind": TEXT, "case": WHOLE, "prompt": TEXT, "wrong": TEXT, "margin": REAL, "correct": TRUTH},  # margin in nats
-    "does": {"category": TEXT, "guidance_scale": REAL, **_IMAGE, **_ALIGNMENT},
-    "base_curves": {"step": WHOLE, "category": TEXT, "knows": REAL, "does": REAL, "n": WHOLE},
-    "failures": {"category": TEXT, "kind": TEXT, **_IMAGE, "judge": REAL},
+    "snapshots": {"step": WHOLE, "category": TEXT, "case": WHOLE, "knows": TRUTH, "does": REAL},
 }
 OPEN = {"scores": REAL}  # tables that take further columns, all of this type
 
@@ -79,7 +84,7 @@ class Results:
         return self.folder / "evaluation" / category / "grids.safetensors"
 
     def base(self, name: str) -> Path:
-        """`knows.parquet`, `does.parquet`, `curves.parquet`, `failures.parquet`, `failures.safetensors` or `checks.json`."""
+        """`knows.parquet` or `checks.json`."""
         return self.folder / "base" / name
 
 
@@ -276,7 +281,5 @@ def progress(total: int, desc: str, unit: str = "it") -> tqdm:
     """A progress bar: drawn by the runner on the terminal ($MITUNE_PROGRESS is the file it follows), never in a saved notebook; else below the cell."""
     follow = os.environ.get("MITUNE_PROGRESS")
     if follow:
-        from tqdm import tqdm as plain
-
-        return plain(total=total, desc=desc, unit=unit, mininterval=0.5, ncols=100, file=open(follow, "a", encoding="utf-8", buffering=1))
+        return tqdm(total=total, desc=desc, unit=unit, mininterval=0.5, ncols=100, file=open(follow, "a", encoding="utf-8", buffering=1))
     return tqdm(total=total, desc=desc, unit=unit)

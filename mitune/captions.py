@@ -50,7 +50,8 @@ class Caption:
         return f" {RELATIONS.get(self.relation, 'and')} ".join(map(str, self.phrases))
 
 
-_PHRASE = rf"a (?:(?P<size{{0}}>{'|'.join(SIZES)}) )?(?:(?P<color{{0}}>{'|'.join(COLORS)}) )?(?:(?P<texture{{0}}>{'|'.join(TEXTURES)}) )?(?P<shape{{0}}>{'|'.join(SHAPES)})"
+_WORDS = {"size": SIZES, "color": COLORS, "texture": TEXTURES}
+_PHRASE = "a " + "".join(f"(?:(?P<{name}{{0}}>{'|'.join(words)}) )?" for name, words in _WORDS.items()) + f"(?P<shape{{0}}>{'|'.join(SHAPES)})"
 _CAPTION = re.compile(f"{_PHRASE.format(0)}(?: (?P<join>and|{'|'.join(RELATIONS.values())}) {_PHRASE.format(1)})?")
 
 
@@ -140,7 +141,7 @@ def corruptions(caption: Caption) -> dict[str, list[Caption]]:
     for name, words in options.items():
         said = [getattr(phrase, name) for phrase in phrases]
         if len(said) == 2 and None not in said and said[0] != said[1]:
-            errors["swap"].append(replace(caption, phrases=tuple(replace(p, **{name: w}) for p, w in zip(phrases, said[::-1]))))
+            errors["swap"].append(replace(caption, phrases=tuple(replace(p, **{name: w}) for p, w in zip(phrases, said[::-1], strict=True))))
         for n, word in enumerate(said):
             for other in () if word is None else words:
                 if other not in said:
@@ -158,7 +159,7 @@ def corruptions(caption: Caption) -> dict[str, list[Caption]]:
 
 
 def _put(phrases: tuple[Phrase, ...], n: int, phrase: Phrase) -> tuple[Phrase, ...]:
-    return phrases[:n] + (phrase,) + phrases[n + 1 :]
+    return (*phrases[:n], phrase, *phrases[n + 1 :])
 
 
 def corrupt(caption: Caption, generator: torch.Generator, *, kinds: tuple[str, ...] = ("swap", "replace", "layout")) -> Caption | None:

@@ -58,12 +58,7 @@ class Base:
     scenes: Count
     decoded_scenes: Count
     timesteps: Count
-    n_prompts: Count
-    images: Count
-    guidance_scales: tuple[Scale, ...]
-    num_inference_steps: Steps
-    curve_cases: Count
-    curve_prompts: Count
+    t_min: Index
     batch_size: Count
 
 
@@ -120,6 +115,7 @@ class Finetune:
     batch_size: Count
     timesteps: Timesteps
     checkpoint_every: Count
+    save_dtype: Literal["float32", "float16"]
     seed: Size
     arms: tuple[str, ...]
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from mitune import captions as grammar
 from mitune import scenes
+from mitune.alignment import CONTACT_CLASSES
+from mitune.artifacts import progress
 
 SPLITS = {"train": 0.38, "val": 0.12, "test": 0.50}  # shares of a category's scenes
 
@@ -58,7 +59,11 @@ def clean_scenes(n: int, shares: dict[str, float], *, seed: int) -> tuple[torch.
     """Rendered scenes, their true captions, and what was drawn."""
     generator = torch.Generator().manual_seed(seed)
     captions = sample_captions(n, generator, shares)
-    drawn = [scenes.sample_scenes(captions[i : i + 1000], generator) for i in tqdm(range(0, len(captions), 1000), desc="scenes")]
+    drawn = []
+    with progress(n, "scenes", unit="scene") as bar:
+        for i in range(0, n, 1000):
+            drawn.append(scenes.sample_scenes(captions[i : i + 1000], generator))
+            bar.update(len(drawn[-1]))
     joined = scenes.Scenes(*(torch.cat([getattr(part, name) for part in drawn]) for name in scenes.Scenes.__dataclass_fields__))
     return scenes.render(joined, generator), captions, joined
 
@@ -68,12 +73,20 @@ def web_latents(n: int, shares: dict[str, float], noise: CaptionNoise, vae, *, s
     """Scaled latents (N, 4, 8, 8) of scenes and their web captions."""
     generator = torch.Generator().manual_seed(seed)
     latents, texts = [], []
-    for _ in tqdm(range(0, n, 1000), desc="latents"):
-        drawn, said = web_captions(sample_captions(1000, generator, shares), noise, generator)
-        images = scenes.render(drawn, generator)
-        latents += [vae.encode(part.to(vae.device)).latent_dist.mean.cpu() * vae.config.scaling_factor for part in images.split(250)]
-        texts += said
+    with progress(n, "latents", unit="scene") as bar:
+        for start in range(0, n, 1000):
+            drawn, said = web_captions(sample_captions(min(1000, n - start), generator, shares), noise, generator)
+            images = scenes.render(drawn, generator)
+            latents += [vae.encode(part.to(vae.device)).latent_dist.mean.cpu() * vae.config.scaling_factor for part in images.split(250)]
+            texts += said
+            bar.update(len(said))
     return torch.cat(latents), texts
+
+
+def judge_labels(drawn: scenes.Scenes) -> dict[str, torch.Tensor]:
+    """The truth about N scenes: `shape`, `color`, `texture`, `size`, `centre` as drawn, and `contact` (N,), -1 where there is no clear margin."""
+    names = [CONTACT_CLASSES.index(name) if name else -1 for start in range(0, len(drawn), 512) for name in scenes.contact(drawn[start : start + 512])]
+    return {name: getattr(drawn, name) for name in ("shape", "color", "texture", "size", "centre")} | {"contact": torch.tensor(names)}
 
 
 def prompt_splits(category: str, *, seed: int) -> dict[str, list[str]]:
@@ -89,7 +102,7 @@ def prompt_splits(category: str, *, seed: int) -> dict[str, list[str]]:
     held_out = [wordings for wordings in by_scene.values() if any(map(grammar.is_held_out, wordings[0].phrases))]
     known = [wordings for wordings in by_scene.values() if wordings not in held_out]
     bounds = [0, *(round(len(known) * share) for share in (SPLITS["train"], SPLITS["train"] + SPLITS["val"], 1))]
-    splits = {name: known[start:stop] for name, start, stop in zip(SPLITS, bounds, bounds[1:])} | ({"comp": held_out} if held_out else {})
+    splits = {name: known[start:stop] for name, start, stop in zip(SPLITS, bounds, bounds[1:], strict=False)} | ({"comp": held_out} if held_out else {})
     return {name: [str(w[i]) for i in range(max(map(len, group))) for w in group if i < len(w)] for name, group in splits.items()}
 
 

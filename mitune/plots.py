@@ -10,6 +10,7 @@ import functools
 import textwrap
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,7 +25,10 @@ def _styled(function):
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         with plt.style.context(STYLE):
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            interactive = plt.isinteractive()  # a notebook's backend turns this on when the first figure loads it
+        matplotlib.interactive(interactive)
+        return result
 
     return wrapped
 

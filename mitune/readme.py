@@ -17,12 +17,12 @@ from mitune.repro import environment
 
 COMMANDS = {
     "help": "make help",
-    "dag": "dvc dag --md",
+    "dag": "dvc dag --md --collapse-foreach-matrix",
     "stages": "dvc stage list --name-only",
     "stage": "dvc repro --dry --force --single-item sets@color",
     "metrics": "dvc metrics show --md",
     "plots": "dvc plots show",
-    "experiment": "dvc exp run --dry --force --single-item -S set.k=2 sets@color",
+    "experiment": "dvc exp run --dry --force --single-item --name k2 -S set.k=2 sets@color",
 }
 PLAIN = {"dag", "metrics"}  # Markdown of their own: not fenced
 _BLOCK = re.compile(r"<!-- begin:(?P<name>\w+) -->\n.*?<!-- end:(?P=name) -->", re.DOTALL)
@@ -33,11 +33,12 @@ def output(name: str, root: Path) -> str:
     command = shlex.split(COMMANDS[name])
     if command[0] == "dvc":
         command[:1] = [sys.executable, "-m", "dvc"]
-    done = subprocess.run(command, cwd=root, env=environment(root) | {"COLUMNS": "120"}, capture_output=True, text=True)
+    env = {key: value for key, value in environment(root).items() if key not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}} | {"COLUMNS": "120"}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{COMMANDS[name]} failed: {' '.join(done.stderr.split())}")
-    text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).replace(str(root), ".")
-    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+    text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).replace(root.as_uri(), "file:///...").replace(str(root), ".")
+    return "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
 
 
 def block(name: str, root: Path) -> str:

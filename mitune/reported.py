@@ -30,7 +30,8 @@ class Table:
         """
         for cell in self.uncertain:
             if (cell["row"], cell["column"]) == (row, " ".join(columns)):
-                raise ValueError(f"{self.name}, {row!r}, {cell['column']!r} is uncertain: readings {dict(cell['readings'])}, likely {cell.get('likely')} ({cell['note']})")
+                told = f"readings {dict(cell['readings'])}, likely {cell.get('likely')} ({cell['note']})"
+                raise ValueError(f"{self.name}, {row!r}, {cell['column']!r} is uncertain: {told}")
         found: Any = self.rows
         for key in (row, *columns):
             if not isinstance(found, Mapping) or key not in found:
@@ -85,9 +86,13 @@ def load(path: Path) -> Reported:
     data = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     try:
         claims = [Claim(**entry) for entry in data.pop("claims")]
-        tables = {name: Table(name=name, **{key: tuple(value) if key in ("uncertain", "notes") else value for key, value in table.items()}) for name, table in data.items()}
+        tables = {name: _table(name, entry) for name, entry in data.items()}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a file of reported numbers: {error}") from None
     if len({claim.id for claim in claims}) < len(claims):
         raise ValueError(f"{path} lists a claim twice; give each its own id")
     return Reported(tables, {claim.id: claim for claim in claims})
+
+
+def _table(name: str, entry: Mapping[str, Any]) -> Table:
+    return Table(name=name, **{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})

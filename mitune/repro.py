@@ -33,8 +33,9 @@ def command(*arguments: str) -> list[str]:
 
 def environment(root: Path) -> dict[str, str]:
     """This interpreter's folder first on PATH, where the stages find `python`, and the project's own package first on its path."""
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root)}
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), env.get("PYTHONPATH")]))
     return env
 
 

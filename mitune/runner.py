@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import json
 import os
@@ -60,8 +61,8 @@ def run(notebook: Path, to: Path, injected: Mapping[str, Any], *, prepare_only: 
         with _environment(root), _terminal(to.stem) as follow, _quiet():
             os.environ["MITUNE_PROGRESS"] = str(follow)
             papermill.execute_notebook(
-                str(notebook), str(part), parameters=dict(injected), kernel_name="python3", cwd=str(root), progress_bar=False,
-                prepare_only=prepare_only, request_save_on_cell_execute=False, start_timeout=300,
+                str(notebook), str(part), parameters=dict(injected), kernel_name="python3", language="python", cwd=str(root), progress_bar=False,
+                prepare_only=prepare_only, request_save_on_cell_execute=False, start_timeout=300, extra_arguments=["--log-level=ERROR"],
             )  # fmt: skip
         executed = clean(nbformat.read(part, as_version=4))
         nbformat.write(executed, part)
@@ -107,9 +108,12 @@ def _joined(outputs: list) -> list:
 
 
 def _known(notebook: Path) -> set[str]:
+    """The names that the cell tagged `parameters` assigns."""
     if not notebook.is_file():
         raise ValueError(f"{notebook} is missing: give the path of a notebook")
-    return set(papermill.inspect_notebook(str(notebook)))
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])]
+    assigned = (statement for cell in cells for statement in ast.parse(cell.source).body if isinstance(statement, ast.Assign))
+    return {target.id for statement in assigned for target in statement.targets if isinstance(target, ast.Name)}
 
 
 @contextlib.contextmanager
@@ -127,6 +131,7 @@ def _environment(root: Path) -> Iterator[None]:
     os.environ["MITUNE_ROOT"] = str(root)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), before.get("PYTHONPATH")]))
     os.environ.setdefault("PYTHONHASHSEED", "0")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm asks for widgets, and bars go to the terminal
     try:
         yield
     finally:

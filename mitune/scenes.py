@@ -65,7 +65,7 @@ def _complete(caption: Caption, generator: torch.Generator) -> tuple[list[Phrase
         for n, said in enumerate(caption.phrases):
             size = ("small", "big")[n] if relation == "inside" else pick(generator, SIZES)
             phrases.append(replace(said, color=said.color or colors[n], texture=said.texture or pick(generator, TEXTURES), size=said.size or size))
-        allowed = all(is_held_out(said) or not is_held_out(full) for said, full in zip(caption.phrases, phrases))
+        allowed = all(is_held_out(said) or not is_held_out(full) for said, full in zip(caption.phrases, phrases, strict=True))
         if allowed and len({p.color for p in phrases}) == len(phrases):
             return phrases + [None] * (2 - len(phrases)), relation
 

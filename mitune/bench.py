@@ -1,0 +1,83 @@
+"""Speed of set construction (`make bench`): denoiser evaluations a second, the denoiser's share of the wall time, and the ratio to a plain loop.
+
+The plain loop is the obvious program: one prompt, one image, one branch at a time. Both run on the same prompts in one process, one after
+the other, and their ratio is what is reported; absolute times are this machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+
+import torch
+
+from mitune import config
+from mitune.information import both_branches, orthogonal_terms
+from mitune.models import LatentDiffusion
+from mitune.sampling import Sampler, noise_generator, sample
+from mitune.stages import open_model, read_prompts
+
+
+@dataclass
+class Timed:
+    """A denoiser that counts its evaluations (rows) and the seconds spent in them."""
+
+    model: LatentDiffusion
+    evaluations: int = 0
+    seconds: float = 0.0
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def eps(self, latents, timesteps, conditioning):
+        started = time.perf_counter()
+        result = self.model.eps(latents, timesteps, conditioning)
+        self.seconds += time.perf_counter() - started
+        self.evaluations += len(latents)
+        return result
+
+
+def batched(model, prompts: list[str], images: int, params) -> None:
+    rows = [(prompt, image) for prompt in prompts for image in range(images)]
+    sample(
+        model, model.encode([prompt for prompt, _ in rows]), model.null, guidance_scale=params.pool.guidance_scale,
+        num_inference_steps=params.pool.num_inference_steps, generators=[noise_generator(params.seed, *row) for row in rows], terms=True,
+        batch_size=params.pool.batch_size,
+    )  # fmt: skip
+
+
+def plain(model, prompts: list[str], images: int, params) -> None:
+    sampler = Sampler.of(model.alphas_cumprod, params.pool.num_inference_steps)
+    for prompt in prompts:
+        conditioning = model.encode([prompt])
+        for image in range(images):
+            generator = noise_generator(params.seed, prompt, image)
+            z_t = torch.randn((1, *model.latent_shape), generator=generator)
+            for timestep, kernel in zip(sampler.timesteps.tolist(), sampler.kernels, strict=True):
+                eps_cond, eps_null = model.eps(z_t, timestep, conditioning), model.eps(z_t, timestep, model.null)
+                orthogonal_terms(eps_cond, eps_null)
+                eps = eps_null + params.pool.guidance_scale * (eps_cond - eps_null)
+                z_t = kernel.mean(z_t, eps) + kernel.sigma * torch.randn(z_t.shape, generator=generator)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=8, help="prompts in the batched run (default: 8)")
+    arguments = parser.parse_args()
+    params = config.load()
+    model = Timed(open_model(params))
+    prompts = [item.text for item in read_prompts(params, params.categories[0], "train", arguments.prompts)]
+    both_branches(model, torch.randn(2, *model.latent_shape), 500, model.encode(prompts[:1] * 2), model.null)  # warm up
+    rates = {}
+    for name, run, texts, images in (("batched", batched, prompts, params.pool.M), ("plain loop", plain, prompts[:1], 2)):
+        model.evaluations, model.seconds, started = 0, 0.0, time.perf_counter()
+        run(model, texts, images, params)
+        wall = time.perf_counter() - started
+        rates[name] = model.evaluations / wall
+        print(f"{name:11s} {rates[name]:8.0f} denoiser evaluations/s   {model.seconds / wall:6.1%} of the wall time in the denoiser   n = {model.evaluations}")
+    print(f"ratio       {rates['batched'] / rates['plain loop']:8.1f} x   ({torch.get_num_threads()} threads, {params.dtype})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What an article does with tables: read all categories at once, put the paper's number beside ours, and judge a claim by a rule written there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from mitune import config
+from mitune.artifacts import Results, read_table, read_tensors, write_metrics
+from mitune.models import load
+from mitune.statistics import Interval
+
+
+def tables(params, kind: str) -> pd.DataFrame:
+    """One table over all categories; `kind` is scores, sets, curves or images."""
+    results = Results(params.model)
+    return pd.concat([read_table(getattr(results, kind)(category), kind) for category in params.categories], ignore_index=True)
+
+
+def pictures(params, category: str, split: str, rows: list[int]):
+    """Images (len(rows), M, 3, H, W) of the candidates of some prompts of a pool, by their place in it."""
+    latents = read_tensors(Results(params.model).pool(category, split), ["latents"])["latents"][rows]
+    source = config.root() / params.models[params.model].pipeline
+    return load(source if source.exists() else params.models[params.model].pipeline).decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim, the paper's number, ours with its interval, and whether the rule that was written beside it holds."""
+
+    claim: str
+    reported: str
+    ours: Interval
+    holds: bool
+    rule: str
+    unit: str = ""
+    digits: int = 2
+
+    @property
+    def shown(self) -> str:
+        body, _, n = f"{self.ours:.{self.digits}f}".partition(", n = ")
+        return f"{body} {self.unit}".strip() + f", n = {n}"
+
+    @property
+    def verdict(self) -> str:
+        return "reproduced" if self.holds else "not reproduced"
+
+
+def ledger(findings: dict[str, Finding]) -> pd.DataFrame:
+    """The findings as a table to show."""
+    rows = [(f.claim, f.reported, f.shown, f.rule, f.verdict) for f in findings.values()]
+    return pd.DataFrame(rows, columns=["claim", "paper", "ours (95 % interval)", "rule", "verdict"]).set_index("claim")
+
+
+def report(findings: dict[str, Finding], path: Path, **numbers) -> None:
+    """Write an article's metrics: `claims`, each with value, low, high, n and reproduced (1 or 0), and further numbers."""
+    claims = {name: entry(f.ours) | {"reproduced": int(f.holds)} for name, f in findings.items()}
+    write_metrics({"claims": claims} | numbers, path)
+
+
+def entry(interval: Interval) -> dict[str, float]:
+    """An interval as a metric; without two clusters it has no width."""
+    low, high = (interval.mean if bound != bound else bound for bound in (interval.low, interval.high))
+    return {"value": interval.mean, "low": low, "high": high, "n": interval.n}

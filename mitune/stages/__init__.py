@@ -1,0 +1,22 @@
+"""The pipeline's hands: each stage reads artifacts, calls the method, and leaves artifacts whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mitune import config, models, prompts
+
+
+def path(entry: str) -> Path | str:
+    """A `models` entry as a folder of the project where there is one, else as it stands (a name on the hub)."""
+    folder = config.root() / entry
+    return folder if folder.exists() else entry
+
+
+def open_model(params, *, adapter: Path | None = None) -> models.LatentDiffusion:
+    return models.load(path(params.models[params.model].pipeline), device=params.device, dtype=params.dtype, adapter=adapter)
+
+
+def read_prompts(params, category: str, split: str, n: int) -> list[prompts.Prompt]:
+    """The first n prompts of a split (all, if it has fewer); none where the benchmark has no such split and n is 0."""
+    return prompts.load(path(params.models[params.model].prompts), category, split, n) if n else []

@@ -1,0 +1,70 @@
+"""Stage `evaluate`: alignment of the base and of every adapter on prompts that no set has seen, from the same noise."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+
+from mitune.artifacts import Results, progress, scratch, shards, write_table, write_tensors
+from mitune.sampling import noise_generator, sample
+from mitune.stages import open_model, path, read_prompts
+from mitune.stages.judging import open_judges, scene
+
+
+def build(params, category: str) -> pd.DataFrame:
+    """Write `evaluation/{category}/images.parquet`, a row an image, and `grids.safetensors`, the first images of the first prompts (uint8)."""
+    results, config, judges = Results(params.model), params.evaluate, open_judges(params)
+    splits = {"test": read_prompts(params, category, "test", config.n_prompts)}
+    if config.comp_prompts and (path(params.models[params.model].prompts) / f"{category}_comp.txt").exists():
+        splits["comp"] = read_prompts(params, category, "comp", config.comp_prompts)
+    arms = ("base", *params.finetune.arms)
+    total = len(arms) * len(config.guidance_scales) * sum(map(len, splits.values()))
+    frames, grids = [], {}
+    key = (config, params.seed, params.dtype, path(params.models[params.model].pipeline), *(results.adapter(category, arm) for arm in arms[1:]))
+    with scratch(f"evaluate-{category}", *key) as folder, progress(total, f"evaluate {category}", unit="prompt") as bar:
+        for arm in arms:
+            model = open_model(params, adapter=None if arm == "base" else results.adapter(category, arm))
+            for split, items in splits.items():
+                for scale in config.guidance_scales:
+                    place = folder / f"{arm}-{split}-{scale}"
+                    compute = _evaluator(model, judges, config, scale, params.seed)
+                    values = shards(place, items, config.shard_prompts, compute, progress=bar)
+                    kept = values.pop("picture")
+                    if split == "test":
+                        grids[f"{arm}/{scale}"] = kept[: config.grid_prompts]
+                    frames.append(_table(values, items, judges[0]).assign(category=category, arm=arm, split=split, guidance_scale=scale))
+        table = pd.concat(frames, ignore_index=True)
+        write_tensors(grids, results.grids(category))
+        write_table(table, results.images(category), "images")
+    return table
+
+
+def _evaluator(model, judges, config, guidance_scale: float, seed: int):
+    """For prompts: both alignment scores and the failure (n, images) and the first image (n, 3, H, W) as uint8."""
+
+    def compute(items) -> dict[str, torch.Tensor]:
+        rows = [(item, image) for item in items for image in range(config.images)]
+        samples = sample(
+            model, model.encode([item.text for item in items])[torch.arange(len(items)).repeat_interleave(config.images)], model.null,
+            guidance_scale=guidance_scale, num_inference_steps=config.num_inference_steps, batch_size=config.batch_size,
+            generators=[noise_generator(seed, item.text, image) for item, image in rows],
+        )  # fmt: skip
+        images, texts = model.decode(samples.latents), [item.text for item, _ in rows]
+        failures = judges[0].failures(images, texts)
+        values = {
+            "judge": judges[0].score(images, texts),
+            "similarity": judges[1].score(images, texts),
+            "failure": torch.tensor([judges[0].FAILURES.index(failure) for failure in failures]),
+        }
+        shaped = {name: value.unflatten(0, (len(items), config.images)) for name, value in values.items()}
+        return shaped | {"picture": ((images + 1) * 127.5).round().to(torch.uint8).unflatten(0, (len(items), config.images))[:, 0]}
+
+    return compute
+
+
+def _table(values: dict[str, torch.Tensor], items, judge) -> pd.DataFrame:
+    m = values["judge"].shape[1]
+    each = [(item.prompt_id, item.text, scene(item.text), image) for item in items for image in range(m)]
+    table = pd.DataFrame(each, columns=["prompt_id", "prompt", "scene", "image"])
+    failure = [judge.FAILURES[k] for k in values["failure"].flatten().tolist()]
+    return table.assign(judge=values["judge"].flatten().double().numpy(), similarity=values["similarity"].flatten().double().numpy(), failure=failure)

@@ -1,0 +1,41 @@
+"""Stage `pool`: M candidate images of each prompt and the MI terms of their trajectories (Algorithm 2)."""
+
+from __future__ import annotations
+
+import torch
+
+from mitune.artifacts import Results, progress, scratch, shards, write_tensors
+from mitune.sampling import noise_generator, sample
+from mitune.stages import open_model, path, read_prompts
+
+
+def build(params, category: str) -> dict[str, tuple[int, ...]]:
+    """Write `pools/{category}/{split}.safetensors`: prompt_ids (n,), latents (n, M, C, H, W), orthogonal and path (n, M, S), timesteps (S,).
+
+    Returns the shape of each split's latents.
+    """
+    model, pool, shapes = open_model(params), params.pool, {}
+    for split, n in pool.n_prompts.items():
+        items = read_prompts(params, category, split, n)
+        compute = _sampler(model, pool, params.seed)
+        key = (pool, params.seed, params.dtype, [item.text for item in items], path(params.models[params.model].pipeline))
+        with scratch(f"pool-{category}-{split}", *key) as folder, progress(len(items), f"pool {category} {split}", unit="prompt") as bar:
+            tensors = shards(folder, items, pool.shard_prompts, compute, progress=bar)
+            tensors["timesteps"] = tensors["timesteps"][0]
+            write_tensors(tensors, Results(params.model).pool(category, split))
+        shapes[split] = tuple(tensors["latents"].shape)
+    return shapes
+
+
+def _sampler(model, pool, seed: int):
+    def compute(items) -> dict[str, torch.Tensor]:
+        rows = [(item, image) for item in items for image in range(pool.M)]
+        conditioning = model.encode([item.text for item in items])[torch.arange(len(items)).repeat_interleave(pool.M)]
+        samples = sample(
+            model, conditioning, model.null, guidance_scale=pool.guidance_scale, num_inference_steps=pool.num_inference_steps,
+            generators=[noise_generator(seed, item.text, image) for item, image in rows], terms=True, batch_size=pool.batch_size,
+        )  # fmt: skip
+        shaped = {name: getattr(samples, name).unflatten(0, (len(items), pool.M)) for name in ("latents", "orthogonal", "path")}
+        return shaped | {"prompt_ids": torch.tensor([item.prompt_id for item in items]), "timesteps": samples.timesteps.expand(len(items), -1)}
+
+    return compute

@@ -1,0 +1,64 @@
+"""Stage `scores`: each estimator's point-wise MI and the alignment scores of every candidate of the pools."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+
+from mitune.artifacts import Results, progress, read_tensors, scratch, shards, write_table, write_tensors
+from mitune.information import estimate, renoised_terms, renoised_timesteps
+from mitune.sampling import noise_generator
+from mitune.stages import open_model, path, read_prompts
+from mitune.stages.judging import open_judges, scene
+
+
+def build(params, category: str) -> pd.DataFrame:
+    """Write the re-noised terms of each split and the table `scores.parquet`, which is returned."""
+    model, judges, results = open_model(params), open_judges(params), Results(params.model)
+    timesteps = renoised_timesteps(len(model.alphas_cumprod), params.renoise.timesteps).repeat(params.renoise.noises)
+    frames = []
+    for split, n in params.pool.n_prompts.items():
+        items = read_prompts(params, category, split, n)
+        pool = read_tensors(results.pool(category, split))
+        compute = _scorer(model, judges, items, pool["latents"], timesteps, params)
+        key = (params.renoise, params.seed, params.dtype, pool["latents"], path(params.models[params.model].pipeline))
+        with scratch(f"scores-{category}-{split}", *key) as folder, progress(len(items), f"scores {category} {split}", unit="prompt") as bar:
+            terms = shards(folder, range(len(items)), params.pool.shard_prompts, compute, progress=bar)
+            renoised = {f"renoised_{name}": terms[name] for name in ("orthogonal", "standard")} | {"renoised_timesteps": timesteps}
+            write_tensors(renoised, results.terms(category, split))
+        frames.append(_table(params, category, split, items, pool | renoised, terms, model.alphas_cumprod))
+    table = pd.concat(frames, ignore_index=True)
+    write_table(table, results.scores(category), "scores")
+    return table
+
+
+def _scorer(model, judges, items, latents, timesteps, params):
+    """For rows of prompts: the re-noised terms (n, M, R), the noise common to a prompt's candidates, and the alignment scores (n, M)."""
+
+    def compute(rows) -> dict[str, torch.Tensor]:
+        texts, m = [items[row].text for row in rows], latents.shape[1]
+        own = torch.arange(len(rows)).repeat_interleave(m)
+        candidates = latents[list(rows)].flatten(0, 1)
+        noise = torch.stack([torch.randn((len(timesteps), *model.latent_shape), generator=noise_generator(params.seed, text, 0, "renoise")) for text in texts])
+        terms = renoised_terms(
+            model, candidates, model.encode(texts)[own], model.null, timesteps=timesteps, noise=noise[own], batch_size=params.pool.batch_size
+        )
+        images, captions = model.decode(candidates), [texts[i] for i in own]
+        scores = {name: judge.score(images, captions) for name, judge in zip(("judge", "similarity"), judges, strict=True)}
+        return {name: values.float().unflatten(0, (len(rows), m)) for name, values in (terms | scores).items()}
+
+    return compute
+
+
+def _table(params, category, split, items, terms, scores, alphas_cumprod) -> pd.DataFrame:
+    n, m = scores["judge"].shape
+    columns: dict[str, object] = {"category": category, "split": split}
+    for name, of in {"prompt_id": lambda item: item.prompt_id, "prompt": lambda item: item.text, "scene": lambda item: scene(item.text)}.items():
+        columns[name] = [of(item) for item in items for _ in range(m)]
+    columns |= {"image": list(range(m)) * n, "judge": scores["judge"].flatten().double(), "similarity": scores["similarity"].flatten().double()}
+    for name, estimator in params.estimators.items():
+        prefix, steps = ("renoised_", "renoised_timesteps") if estimator.latents == "renoised" else ("", "timesteps")
+        stored, variant = terms[prefix + estimator.form].flatten(0, 1), estimator.kappa or "paper"
+        result = estimate(stored, terms[steps], alphas_cumprod, form=estimator.form, t_min=estimator.t_min, variant=variant)
+        columns |= {name: result.value, f"{name}_se": result.standard_error}
+    return pd.DataFrame({name: values.numpy() if isinstance(values, torch.Tensor) else values for name, values in columns.items()})

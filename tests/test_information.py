@@ -1,0 +1,192 @@
+"""Oracles: values of the paper's schedule, the equations written out, torch.distributions, algebraic identities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import Normal
+from torch.testing import assert_close
+
+from mitune.information import Kernel, both_branches, estimate, kappa, orthogonal_terms, path_terms, renoised_terms, renoised_timesteps, standard_terms
+from mitune.mixture import MixtureWorld, stable_diffusion_schedule
+from mitune.models import LatentDiffusion, load
+
+ABAR = stable_diffusion_schedule()
+
+
+@pytest.fixture
+def world() -> MixtureWorld:
+    return MixtureWorld(torch.randn((3, 4, 2, 2), generator=torch.Generator().manual_seed(5)), std=0.7, caption_error=0.2, alphas_cumprod=ABAR)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_kappa_has_the_values_of_stable_diffusions_schedule():
+    values = kappa(ABAR, torch.tensor([1, 51, 501, 991])).tolist()
+    assert [round(values[0]), *(round(value, 1) for value in values[1:])] == [251, 11.2, 3.3, 6.0]
+    assert round(float(kappa(ABAR, torch.tensor(0)))) == 500
+    assert float(ABAR[-1]) == pytest.approx(0.00466, abs=5e-6)
+
+
+def test_kappa_is_equation_2_and_the_authors_leave_out_alpha():
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    timesteps = torch.arange(1000)
+    expected = torch.stack([betas[t] * 1000 / (2 * (1 - betas[t]) * (1 - (1 - betas[: t + 1]).prod())) for t in range(1000)])
+    assert_close(kappa(ABAR, timesteps), expected, rtol=1e-4, atol=0)
+    ratio = kappa(ABAR, timesteps) / kappa(ABAR, timesteps, "authors")
+    assert_close(ratio, 1 / (1 - betas), rtol=1e-4, atol=0)
+    assert float(ratio.max()) == pytest.approx(1.012, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "variant", "message"), [([1000], "paper", "timesteps 1000..1000"), ([-1], "paper", "timesteps -1"), ([1], "mine", "unknown kappa 'mine'")]
+)
+def test_kappa_refuses(timesteps, variant, message):
+    with pytest.raises(ValueError, match=message):
+        kappa(ABAR, torch.tensor(timesteps), variant)
+
+
+def test_terms_are_their_definitions():
+    noise, cond, null = normal(3, 5, 4, 8, 8).unbind()
+    assert_close(orthogonal_terms(cond, null), (cond - null).flatten(1).norm(dim=1) ** 2)
+    assert_close(standard_terms(noise, cond, null), ((noise - null) ** 2).flatten(1).sum(1) - ((noise - cond) ** 2).flatten(1).sum(1), rtol=1e-4, atol=1e-3)
+
+
+def test_standard_becomes_orthogonal_when_the_noise_is_the_conditional_prediction():
+    cond, null = normal(2, 5, 4, 8, 8)
+    assert_close(standard_terms(cond, cond, null), orthogonal_terms(cond, null))
+    assert_close(standard_terms(null, cond, null), -orthogonal_terms(cond, null))
+
+
+def test_standard_of_close_predictions_loses_no_digits():
+    noise, null = normal(2, 5, 4, 8, 8)
+    cond = null + 1e-4 * normal(5, 4, 8, 8, seed=1)
+    exact = ((noise.double() - null.double()) ** 2 - (noise.double() - cond.double()) ** 2).flatten(1).sum(1)
+    assert_close(standard_terms(noise, cond, null).double(), exact, rtol=1e-4, atol=1e-6)
+
+
+def test_path_terms_are_the_log_ratio_of_the_kernels_normals():
+    z, n, cond, null = normal(4, 5, 4, 4, 4)
+    kernel = Kernel(scale=1.02, gain=0.07, sigma=0.2)
+    z_prev = kernel.mean(z, cond) + kernel.sigma * n
+    expected = sum(sign * Normal(kernel.mean(z, eps), kernel.sigma).log_prob(z_prev).flatten(1).sum(1) for sign, eps in ((1, cond), (-1, null)))
+    assert_close(path_terms(z, z_prev, cond, null, kernel), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.5, 7.5])
+def test_path_along_a_guided_step_is_the_weighted_orthogonal_term_and_a_noise_of_mean_zero(w):
+    z, n, cond, null = normal(4, 5, 4, 4, 4)
+    kernel = Kernel(scale=1.02, gain=0.07, sigma=0.2)
+    z_prev = kernel.mean(z, null + w * (cond - null)) + kernel.sigma * n
+    weighted = (2 * w - 1) * kernel.gain**2 / (2 * kernel.sigma**2) * orthogonal_terms(cond, null)
+    zero_mean = -kernel.gain / kernel.sigma * ((cond - null) * n).flatten(1).sum(1)
+    assert_close(path_terms(z, z_prev, cond, null, kernel), weighted + zero_mean, rtol=1e-4, atol=1e-3)
+
+
+def test_path_refuses_a_deterministic_step():
+    with pytest.raises(ValueError, match=r"sigma = 0; sample with deterministic=False"):
+        path_terms(*normal(4, 1, 1, 2, 2), Kernel(1.0, 0.1, 0.0))
+
+
+def test_prediction_types_give_the_same_terms(tiny_pipeline):
+    """A v-network and the eps-network that it amounts to; and the factor that forgetting the conversion loses."""
+    model = load(tiny_pipeline)
+    as_eps = load(tiny_pipeline)
+    as_eps.prediction_type = "epsilon"
+    predict = model.predict
+
+    def predict_eps(latents, timesteps, conditioning):
+        abar = ABAR[timesteps].reshape(-1, 1, 1, 1)
+        return abar.sqrt() * predict(latents, timesteps, conditioning) + (1 - abar).sqrt() * latents
+
+    as_eps.predict = predict_eps
+    latents, timesteps = normal(2, 4, 8, 8), torch.tensor([3, 600])
+    arguments = {"timesteps": timesteps, "noise": normal(2, 2, 4, 8, 8, seed=1)}
+    of_v, of_eps = (renoised_terms(m, latents, m.encode(["a red circle", "a star"]), m.null, **arguments) for m in (model, as_eps))
+    for form in of_v:
+        assert_close(of_v[form], of_eps[form])
+    conditioning = model.encode(["a red circle", "a star"])
+    difference = (predict(latents, timesteps, conditioning) - predict(latents, timesteps, model.null[[0, 0]])).flatten(1).square().sum(1).detach()
+    eps_cond, eps_null = both_branches(model, latents, timesteps, conditioning, model.null)
+    assert_close(orthogonal_terms(eps_cond, eps_null), ABAR[timesteps] * difference, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 1000])
+def test_renoised_terms_are_the_definition_whatever_the_batch(world, batch_size):
+    latents, noise, timesteps = normal(4, 4, 2, 2), normal(4, 5, 4, 2, 2, seed=1), torch.tensor([10, 300, 300, 700, 999])
+    conditioning, seen = world.encode([0, 1, 2, 1]), []
+    terms = renoised_terms(world, latents, conditioning, world.null, timesteps=timesteps, noise=noise, batch_size=batch_size, progress=seen.append)
+    assert sum(seen) == 4
+    lazy = renoised_terms(world, latents, conditioning, world.null, timesteps=timesteps, noise=lambda row: noise[row], batch_size=batch_size)
+    for row in range(4):
+        for r, t in enumerate(timesteps.tolist()):
+            z_t = ABAR[t].sqrt() * latents[[row]] + (1 - ABAR[t]).sqrt() * noise[[row], r]
+            cond, null = world.eps(z_t, t, conditioning[[row]]), world.eps(z_t, t, world.null)
+            assert_close(terms["orthogonal"][row, r], orthogonal_terms(cond, null)[0], rtol=1e-4, atol=1e-5)
+            assert_close(terms["standard"][row, r], standard_terms(noise[[row], r], cond, null)[0], rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(lazy[form], terms[form]) for form in terms)
+
+
+def test_another_prompt_in_place_of_the_empty_one(world):
+    """The difference of two prompts' standard terms: the unconditional prediction cancels."""
+    latents, arguments = normal(2, 4, 2, 2), {"timesteps": torch.tensor([100, 800]), "noise": normal(2, 2, 4, 2, 2, seed=1)}
+    true, wrong = world.encode([0, 1]), world.encode([2, 2])
+    against = renoised_terms(world, latents, true, wrong, **arguments)["standard"]
+    apart = [renoised_terms(world, latents, said, world.null, **arguments)["standard"] for said in (true, wrong)]
+    assert_close(against, apart[0] - apart[1], rtol=1e-4, atol=1e-4)
+
+
+def test_renoised_timesteps_are_the_middles():
+    assert renoised_timesteps(1000, 4).tolist() == [125, 375, 625, 875]
+    assert renoised_timesteps(1000, 1000).tolist() == list(range(1000))
+
+
+def test_renoised_terms_refuse_what_does_not_fit(world):
+    with pytest.raises(ValueError, match="2 latents, 3 prompts, 1 null prompts"):
+        renoised_terms(world, normal(2, 4, 2, 2), world.encode([0, 1, 2]), world.null, timesteps=torch.tensor([1]), noise=normal(2, 1, 4, 2, 2))
+
+
+@pytest.mark.parametrize("variant", ["paper", "authors"])
+def test_estimate_is_the_mean_over_the_kept_timesteps(variant):
+    terms, timesteps = normal(2, 3, 4).square(), torch.tensor([900, 500, 51, 50])
+    result = estimate(terms, timesteps, ABAR, form="orthogonal", t_min=50, variant=variant)
+    weighted = kappa(ABAR, timesteps[:3], variant) * terms[..., :3]
+    assert result.timesteps.tolist() == [900, 500, 51]
+    assert_close(result.profile, weighted)
+    assert_close(result.value, weighted.sum(-1) / 3)
+    assert_close(result.standard_error, weighted.std(-1) / 3**0.5)
+    assert torch.equal(result.value, estimate(terms, timesteps, ABAR, form="standard", t_min=50, variant=variant).value)
+
+
+def test_estimate_of_a_path_is_the_sum_over_the_kept_steps():
+    terms, timesteps = normal(3, 4), torch.tensor([900, 500, 51, 50])
+    result = estimate(terms, timesteps, ABAR, form="path", t_min=50)
+    assert_close(result.value, terms[:, :3].double().sum(-1))
+    assert_close(result.standard_error, terms[:, :3].double().std(-1) * 3**0.5)
+
+
+def test_one_timestep_has_no_standard_error():
+    result = estimate(normal(3, 1), torch.tensor([500]), ABAR, form="standard")
+    assert result.standard_error.isnan().all()
+    assert result.value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("terms", "options", "message"),
+    [
+        (torch.ones(2, 3), {"form": "squared"}, "unknown form 'squared'; choose orthogonal, standard, path"),
+        (None, {"form": "path"}, "there are no path terms: a deterministic sampler has none"),
+        (torch.ones(2, 4), {"form": "path"}, "do not fit 3 timesteps"),
+        (torch.ones(2, 3), {"form": "standard", "t_min": 900}, "no timestep lies above t_min = 900; the largest is 900"),
+    ],
+)
+def test_estimate_refuses(terms, options, message):
+    with pytest.raises(ValueError, match=message):
+        estimate(terms, torch.tensor([900, 500, 1]), ABAR, **options)
+
+
+def test_the_models_schedule_is_the_worlds(tiny_pipeline):
+    model: LatentDiffusion = load(tiny_pipeline)
+    assert_close(model.alphas_cumprod, ABAR, rtol=1e-4, atol=1e-6)

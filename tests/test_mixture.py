@@ -1,0 +1,113 @@
+"""Oracles: torch.distributions' mixtures, automatic differentiation, and the closed-form MI that every estimator must meet."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch.testing import assert_close
+
+from mitune.information import estimate, renoised_terms, renoised_timesteps
+from mitune.mixture import MixtureWorld, stable_diffusion_schedule
+from mitune.sampling import Sampler, sample
+
+ABAR = stable_diffusion_schedule()
+T = len(ABAR)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def world() -> MixtureWorld:
+    return MixtureWorld(torch.randn((3, 4, 2, 2), generator=seeded(5)) * 0.8, std=0.7, caption_error=0.15, alphas_cumprod=ABAR)
+
+
+@pytest.fixture(scope="module")
+def exact(world) -> float:
+    """What the sum over t estimates: the MI at t = 0 minus the MI at T."""
+    (start, error), (end, _) = (world.information(n=100_000, generator=seeded(), timestep=t) for t in (None, T - 1))
+    assert error < 0.0005 * (start - end)
+    assert 0 < end < 0.03 * start
+    return start - end
+
+
+def mixture(world: MixtureWorld, weights: torch.Tensor, timestep: int) -> MixtureSameFamily:
+    abar = ABAR[timestep].double()
+    scale = (abar * world.std**2 + 1 - abar).sqrt().expand(3, 16)
+    return MixtureSameFamily(Categorical(weights.double()), Independent(Normal(abar.sqrt() * world.means.double().flatten(1), scale), 1))
+
+
+def score(density: MixtureSameFamily, z: torch.Tensor) -> torch.Tensor:
+    z = z.double().flatten(1).requires_grad_()
+    return torch.autograd.grad(density.log_prob(z).sum(), z)[0].reshape(-1, 4, 2, 2)
+
+
+@pytest.mark.parametrize("timestep", [0, 300, 999])
+def test_eps_is_the_score_and_log_ratio_the_densities(world, timestep):
+    z = torch.randn((5, 4, 2, 2), generator=seeded(1))
+    conditional, marginal = mixture(world, torch.tensor([0.075, 0.85, 0.075]), timestep), mixture(world, torch.ones(3) / 3, timestep)
+    sigma = (1 - ABAR[timestep]).sqrt()
+    assert_close(world.eps(z, timestep, world.encode([1] * 5)).double(), -sigma * score(conditional, z), rtol=1e-4, atol=1e-5)
+    assert_close(world.eps(z, torch.full((5,), timestep), world.null[[0] * 5]).double(), -sigma * score(marginal, z), rtol=1e-4, atol=1e-5)
+    ratio = conditional.log_prob(z.double().flatten(1)) - marginal.log_prob(z.double().flatten(1))
+    assert_close(world.log_ratio(z, [1] * 5, timestep).double(), ratio, rtol=1e-4, atol=1e-5)
+
+
+def test_captions_are_wrong_at_their_rate(world):
+    far = MixtureWorld(torch.eye(3).reshape(3, 3, 1, 1) * 20, std=1.0, caption_error=0.3, alphas_cumprod=ABAR)
+    assert_close(far.encode([2]).tensors["weights"], torch.tensor([[0.15, 0.15, 0.7]]))
+    found = far.draw([2] * 4000, seeded()).flatten(1).argmax(1).bincount(minlength=3) / 4000
+    assert_close(found, torch.tensor([0.15, 0.15, 0.7]), atol=0.03, rtol=0)
+    value, _ = far.information(n=100, generator=seeded())  # components that never overlap: log K - H(pi)
+    assert value == pytest.approx(float(torch.tensor(3.0).log() - Categorical(torch.tensor([0.7, 0.15, 0.15])).entropy()), rel=1e-4)
+
+
+def test_renoised_estimators_meet_the_exact_information(world, exact):
+    n, timesteps = 9000, renoised_timesteps(T, 100)
+    prompts = [i % 3 for i in range(n)]
+    z, noise = world.draw(prompts, seeded(2)), torch.randn((n, 100, *world.latent_shape), generator=seeded(3))
+    terms = renoised_terms(world, z, world.encode(prompts), world.null, timesteps=timesteps, noise=noise, batch_size=50_000)
+    orthogonal, standard = (estimate(terms[form], timesteps, ABAR, form=form).value for form in ("orthogonal", "standard"))
+    assert float(orthogonal.mean()) == pytest.approx(exact, rel=0.02)
+    start = world.information(n=100_000, generator=seeded())[0]
+    ratio = world.log_ratio(z, prompts).double()  # of mean `start`; subtracting it image by image leaves the estimator's own noise
+    assert float((standard - ratio).mean()) + start == pytest.approx(exact, rel=0.02)
+    correlation = torch.corrcoef(torch.stack([ratio, standard, orthogonal]))[0]
+    assert correlation[1] > 0.9 > 0 > correlation[2]  # one mean, but within a prompt only the standard form is the log-ratio
+
+
+def trajectories(world, n: int, steps: int):
+    prompts = [i % 3 for i in range(n)]
+    generators = [seeded(i) for i in range(n)]
+    options = {"guidance_scale": 1, "num_inference_steps": steps, "generators": generators, "terms": True, "batch_size": n}
+    return prompts, sample(world, world.encode(prompts), world.null, **options)
+
+
+def test_trajectory_estimators_meet_the_exact_information(world, exact):
+    prompts, samples = trajectories(world, 6000, 500)
+    orthogonal, path = (estimate(getattr(samples, form), samples.timesteps, ABAR, form=form).value for form in ("orthogonal", "path"))
+    assert float(orthogonal.mean()) == pytest.approx(exact, rel=0.02)
+    start = torch.stack([torch.randn(world.latent_shape, generator=seeded(i)) for i in range(6000)])
+    ratio = (world.log_ratio(samples.latents, prompts) - world.log_ratio(start, prompts, int(samples.timesteps[0]))).double()
+    assert abs(float((path - ratio).mean())) < 0.02 * exact
+    assert torch.corrcoef(torch.stack([path, ratio]))[0, 1] > 0.98
+
+
+def test_path_information_bounds_that_of_the_image_and_tightens(world, exact):
+    values = []
+    for steps in (10, 25, 100):
+        samples = trajectories(world, 3000, steps)[1]
+        gain, _, sigma = torch.tensor([(kernel.gain, kernel.scale, kernel.sigma) for kernel in Sampler.of(ABAR, steps).kernels]).double().T
+        expected = (gain**2 / (2 * sigma**2) * samples.orthogonal)[:, :-1].sum(1)  # the path's terms without their noise of mean zero
+        assert abs((expected - samples.path.double().sum(1)).mean()) < 4 * (expected - samples.path.double().sum(1)).std() / 3000**0.5
+        values.append(float(expected.mean()))
+    assert values[0] > values[1] > values[2] > exact
+
+
+@pytest.mark.parametrize(("change", "message"), [({"means": torch.zeros(1, 1, 1, 1)}, "K of 2 or more"), ({"caption_error": 1.2}, "caption_error is 1.2")])
+def test_impossible_worlds_are_refused(change, message):
+    arguments = {"means": torch.zeros(2, 1, 1, 1), "std": 1.0, "caption_error": 0.0, "alphas_cumprod": ABAR} | change
+    with pytest.raises(ValueError, match=message):
+        MixtureWorld(**arguments)
