@@ -17,7 +17,7 @@ def project(tmp_path, monkeypatch):
 
 
 def scores(**columns):
-    rows = {"category": ["color"], "split": ["train"], "prompt_id": [3], "prompt": ["ü"], "image": [0], "judge": [0.5], "similarity": [0.1]}
+    rows = {"category": ["color"], "split": ["train"], "prompt_id": [3], "prompt": ["ü"], "image": [0], "scene": ["s"], "judge": [0.5], "similarity": [0.1]}
     return pd.DataFrame(rows | columns)
 
 
@@ -80,9 +80,8 @@ def test_tensors_and_json(tmp_path):
 
 def test_an_error_leaves_the_old_file_whole(tmp_path):
     (tmp_path / "f").write_text("old")
-    with pytest.raises(RuntimeError), artifacts.atomic(tmp_path / "f") as part:
-        part.write_text("half")
-        raise RuntimeError
+    with pytest.raises(ZeroDivisionError), artifacts.atomic(tmp_path / "f") as part:
+        part.write_text("half") / 0
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("f", "old")]
 
 

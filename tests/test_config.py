@@ -1,6 +1,7 @@
 """Oracle: the file itself, and the rules written beside its keys."""
 
 import copy
+import re
 
 import pytest
 
@@ -80,9 +81,8 @@ def test_the_toy_overlay_is_valid(values):
 )
 def test_bad_values_are_refused_by_name_in_one_line(values, tmp_path, key, value, named):
     put(values, key, value)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(named)) as error:
         config.load(write(values, tmp_path))
-    assert named in str(error.value)
     assert str(error.value).startswith("params.yaml: ")
     assert "\n" not in str(error.value)
 
@@ -108,7 +108,7 @@ def test_a_stage_sees_only_what_it_declares(values):
     assert list(params.models) == ["shapes"]
     with pytest.raises(AttributeError, match="'finetune' is not declared"):
         _ = params.finetune
-    with pytest.raises(AttributeError, match="params.yaml"):
+    with pytest.raises(AttributeError, match=r"params\.yaml"):
         params.model = "sd"
     with pytest.raises(ValueError, match="unknown parameter 'pol'"):
         config.read({"pol": 1})

@@ -14,7 +14,7 @@ from mitune.models import load
 
 CONFIG = Finetune(
     adapter="dora", rank=4, lora_alpha=4, target_modules=("attention", "ff"), learning_rate=1e-2, betas=(0.9, 0.999), weight_decay=1e-2, epsilon=1e-8,
-    max_grad_norm=1.0, steps=6, batch_size=8, timesteps=Timesteps(500, 1000), checkpoint_every=3, seed=0, arms=("random",),
+    max_grad_norm=1.0, steps=6, batch_size=8, timesteps=Timesteps(500, 1000), checkpoint_every=3, save_dtype="float32", seed=0, arms=("random",),
 )  # fmt: skip
 
 
@@ -46,13 +46,15 @@ def loss_of(model, data) -> float:
 def test_loss_falls_and_only_the_adapter_learns(model, data, tmp_path):
     before, start = weights(model), loss_of(model, data)
     rows = train(model, data, tmp_path, replace(CONFIG, steps=40))
-    assert [row["step"] for row in rows] == list(range(1, 41)) and all(row["grad_norm"] > 0 for row in rows)
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert all(row["grad_norm"] > 0 for row in rows)
     assert loss_of(model, data) < 0.9 * start
     learnt = weights(model)
     assert any("lora_magnitude_vector" in name for name in learnt)
     finetuning.remove_adapter(model)
     after = weights(model)
-    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
     with pytest.raises(ValueError, match="no adapter to remove"):
         finetuning.remove_adapter(model)
 
@@ -102,15 +104,18 @@ def test_interrupted_run_ends_with_the_same_bytes(model, data, tmp_path, adapter
 
 
 def test_a_checkpoint_of_other_data_or_settings_is_not_taken(model, data, tmp_path):
+    short = replace(CONFIG, steps=2)
     shifted, swapped = (data[0] + 1, data[1]), (data[0], data[1][torch.tensor([1, 0, 2, 3, 4])])
-    for part, arguments in ((data, {}), (data, {"seed": 1}), (data, {"config": replace(CONFIG, rank=2)}), (shifted, {}), (swapped, {})):
+    for part, arguments in ((data, {}), (data, {"seed": 1}), (data, {"config": replace(short, rank=2)}), (shifted, {}), (swapped, {})):
         steps = []
-        train(model, part, tmp_path, progress=steps.append, **arguments)
-        assert steps == [1] * 6
+        train(model, part, tmp_path, progress=steps.append, **({"config": short} | arguments))
+        assert steps == [1] * 2
         finetuning.remove_adapter(model)
     steps = []
-    train(model, data, tmp_path, replace(CONFIG, checkpoint_every=1), progress=steps.append)
-    assert steps == [6] and len(list(tmp_path.glob("*.pt"))) == 5 and not list(tmp_path.glob("*.part"))
+    train(model, data, tmp_path, replace(short, checkpoint_every=1), progress=steps.append)
+    assert steps == [2]
+    assert len(list(tmp_path.glob("*.pt"))) == 5
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_micro_batches_change_nothing_but_rounding(model, data, tmp_path):
@@ -126,7 +131,8 @@ def test_only_the_chosen_timesteps_and_every_image_equally_often(data):
     batches = [finetuning.step_batch(data[0], config, seed=0, step=step) for step in range(5)]
     assert set(torch.cat([batch["timesteps"] for batch in batches]).tolist()) == {997, 998, 999}
     rows = torch.cat([batch["rows"] for batch in batches])
-    assert rows.bincount().tolist() == [8] * 5 and all(set(part.tolist()) == set(range(5)) for part in rows.split(5))
+    assert rows.bincount().tolist() == [8] * 5
+    assert all(set(part.tolist()) == set(range(5)) for part in rows.split(5))
     assert not torch.equal(batches[0]["noise"], batches[1]["noise"])
     again = finetuning.step_batch(data[0], config, seed=0, step=3)
     assert all(torch.equal(again[name], batches[3][name]) for name in again)
@@ -163,14 +169,36 @@ def test_merged_weight_is_doras_equation(model, data, tiny_pipeline, tmp_path):
     assert (merged - layer.base_layer.weight).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("adapter", ["dora", "lora"])
+def test_merged_forward_is_pefts(model, data, adapter):
+    finetuning.add_adapter(model, replace(CONFIG, adapter=adapter, lora_alpha=8), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    trained = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
+    with torch.no_grad():  # away from B = 0, where the forms agree trivially
+        for parameter in trained:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+    def run():
+        prediction = model.predict(data[0], torch.full((5,), 700), data[1][torch.arange(5)])
+        return [prediction.detach(), *torch.autograd.grad(prediction.square().sum(), trained)]
+
+    pefts = run()
+    with finetuning.merged_forward(model.network):
+        ours = run()
+    for a, b in zip(ours, pefts, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    assert all(torch.equal(a, b) for a, b in zip(run(), pefts, strict=True))  # PEFT's own forward is back
+
+
 def test_targets_are_attention_and_fully_connected_layers(model):
     assert finetuning.target_modules(model.network, "attention") == ["to_k", "to_out.0", "to_q", "to_v"]
     both = ["ff.net.0.proj", "ff.net.2", "to_k", "to_out.0", "to_q", "to_v"]
-    assert finetuning.target_modules(model.network, "attention+ff") == both == finetuning.target_modules(model.network, ("ff", "attention")) == finetuning.target_modules(model.network, both)
+    for names in ("attention+ff", ("ff", "attention"), both):
+        assert finetuning.target_modules(model.network, names) == both
     finetuning.add_adapter(model, CONFIG, seed=0)
     adapted = {name for name, module in model.network.named_modules() if hasattr(module, "lora_A")}
-    expected = {name for name, module in model.network.named_modules() if "transformer_blocks" in name and isinstance(module, torch.nn.Linear) and "lora" not in name}
-    assert adapted == {name.removesuffix(".base_layer") for name in expected}
+    linear = {name for name, module in model.network.named_modules() if isinstance(module, torch.nn.Linear) and "lora" not in name}
+    assert adapted == {name.removesuffix(".base_layer") for name in linear if "transformer_blocks" in name}
     assert model.network.peft_config["default"].target_modules == both  # a list: a set would be written in another order each run
 
 
@@ -187,7 +215,8 @@ def test_targets_are_attention_and_fully_connected_layers(model):
 def test_bad_settings_are_one_clear_line(model, data, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         train(model, data, tmp_path, replace(CONFIG, **change), micro_batch_size=2)
-    assert "\n" not in str(error.value) and not hasattr(model.network, "peft_config")
+    assert "\n" not in str(error.value)
+    assert not hasattr(model.network, "peft_config")
 
 
 def test_bad_data_is_one_clear_line(model, data, tmp_path):

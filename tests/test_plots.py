@@ -36,7 +36,9 @@ def test_grid_accepts_bytes_and_floats_alike():
 def test_grid_writes_scores_captions_and_columns():
     figure = plots.image_grid(np.zeros((2, 3, 3, 8, 8)), scores=np.arange(6).reshape(2, 3), captions=["a red circle", "a blue moon"], columns=["1", "8", "16"])
     axes = np.array(figure.axes).reshape(2, 3)
-    assert axes[1, 2].get_xlabel() == "5.0" and axes[1, 0].get_ylabel() == "a blue moon" and axes[0, 1].get_title() == "8"
+    assert axes[1, 2].get_xlabel() == "5.0"
+    assert axes[1, 0].get_ylabel() == "a blue moon"
+    assert axes[0, 1].get_title() == "8"
 
 
 @pytest.mark.parametrize("wrong", [{"scores": np.zeros((3, 2))}, {"captions": ["one"]}, {"columns": ["one"]}])
@@ -47,12 +49,15 @@ def test_grid_refuses_what_does_not_fit(wrong):
         plots.image_grid(np.zeros((2, 3, 8, 8, 3)))
 
 
-@pytest.mark.parametrize("draw", [lambda **k: plots.interval_dots(SERIES, xlabel="alignment (%)", **k), lambda **k: plots.interval_bars(SERIES, ylabel="alignment (%)", **k)])
+@pytest.mark.parametrize(
+    "draw", [lambda **k: plots.interval_dots(SERIES, xlabel="alignment (%)", **k), lambda **k: plots.interval_bars(SERIES, ylabel="alignment (%)", **k)]
+)
 def test_intervals_show_control_and_reference(draw):
     figure = draw(control="base", reference={"color": 65.04})
     (ax,) = figure.axes
     handles, labels = ax.get_legend_handles_labels()
-    assert set(labels) == {"base", "MI-TUNE", "paper"} and figure.legends
+    assert set(labels) == {"base", "MI-TUNE", "paper"}
+    assert figure.legends
     grey = dict(zip(labels, handles, strict=True))["base"][0]
     color = grey.get_color() if hasattr(grey, "get_color") else grey.get_facecolor()
     assert matplotlib.colors.to_hex(color) == plots.CONTROL
@@ -70,11 +75,14 @@ def test_curves_with_and_without_bands():
     x = np.arange(1, 5)
     figure = plots.curves({"knows": (x, x, x - 1, x + 1), "does": (x, x**2)}, xlabel="step", ylabel="%", reference={"target": 3}, log_x=True)
     (ax,) = figure.axes
-    assert len(ax.collections) == 1 and len(ax.lines) == 3 and ax.get_xscale() == "log"
+    assert len(ax.collections) == 1
+    assert len(ax.lines) == 3
+    assert ax.get_xscale() == "log"
 
 
 def test_settings_are_left_alone_and_bytes_are_equal(tmp_path):
     before = dict(matplotlib.rcParams)
     files = [plots.save(plots.interval_bars(SERIES, ylabel="%"), tmp_path / "new" / f"{n}.png") for n in range(2)]
     assert dict(matplotlib.rcParams) == before
-    assert files[0].read_bytes() == files[1].read_bytes() and files[0].stat().st_size > 5000
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].stat().st_size > 5000

@@ -48,7 +48,7 @@ def test_splits_and_counts(tmp_path):
     assert len(load(tmp_path, "color", "train")) == 3
     with pytest.raises(ValueError, match=r"color_train\.txt has 3 distinct prompts, 4 were asked for"):
         load(tmp_path, "color", "train", 4)
-    with pytest.raises(ValueError, match="category 'colour', split 'train': .* has color_train"):
+    with pytest.raises(ValueError, match=r"category 'colour', split 'train': .* has color_train"):
         load(tmp_path, "colour", "train")
     with pytest.raises(ValueError, match="split 'dev'"):
         load(tmp_path, "color", "dev")

@@ -37,7 +37,7 @@ def test_gains_of_table_1_are_differences_of_its_rows(reported):
 
 
 def test_uncertain_cells_are_refused_and_stand_in_no_row(reported):
-    with pytest.raises(ValueError, match="uncertain.*29.58.*29.38") as error:
+    with pytest.raises(ValueError, match=r"uncertain.*29\.58.*29\.38") as error:
         reported["table_3"].value("MI+Real(0.5)", "hps", "color")
     assert "\n" not in str(error.value)
     n = 0
@@ -46,7 +46,8 @@ def test_uncertain_cells_are_refused_and_stand_in_no_row(reported):
         for cell in table.uncertain:
             n += 1
             assert (cell["row"], cell["column"]) not in printed
-            assert cell["readings"] and cell["note"]
+            assert cell["readings"]
+            assert cell["note"]
     assert n > 25
 
 
@@ -54,7 +55,8 @@ def test_copies_agree(reported):
     for first, second in (("table_5", "table_14"), ("table_3", "table_10")):
         copy = {(row, column): value for row, column, value in reported[second].cells()}
         shared = [(value, copy[row, column]) for row, column, value in reported[first].cells() if (row, column) in copy]
-        assert len(shared) >= 5 and all(a == b for a, b in shared)
+        assert len(shared) >= 5
+        assert all(a == b for a, b in shared)
 
 
 def test_every_table_is_located_and_every_claim_testable(reported):

@@ -77,7 +77,8 @@ def test_mistakes_are_named_in_one_line_before_anything_runs(trivial, tmp_path, 
     assert "none.ipynb is missing" in capsys.readouterr().err
 
 
-def test_an_error_in_a_notebook_is_raised(tmp_path):
+def test_an_error_in_a_notebook_is_raised(tmp_path, monkeypatch):
+    monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
     nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), tmp_path / "n.ipynb")
     with pytest.raises(PapermillExecutionError, match="ZeroDivisionError"):
         runner.run(tmp_path / "n.ipynb", tmp_path / "x.ipynb", {})
@@ -98,7 +99,7 @@ def stages():
         yield name, stage.get("do", stage)
 
 
-@pytest.mark.parametrize(("name", "stage"), stages(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("name", "stage"), list(stages()), ids=lambda value: value if isinstance(value, str) else "")
 def test_every_stage_declares_what_it_is_given(name, stage):
     words = shlex.split(stage["cmd"])
     assert words[:3] == ["python", "-m", "mitune.runner"]
@@ -121,7 +122,7 @@ def test_a_toy_pipeline_in_a_folder_with_a_space(trivial, tmp_path):
     (folder / "dvc.yaml").write_text(
         "stages:\n  s:\n    foreach: [color, spatial]\n    do:\n"
         "      cmd: python -m mitune.runner stage.ipynb --to out/s-${item}.ipynb --params pool --set category=${item}\n"
-        "      deps: [stage.ipynb]\n      params: [pool]\n      outs: [out/s-${item}.ipynb]\n"
+        "      deps: [stage.ipynb]\n      params: [pool]\n      outs:\n        - out/s-${item}.ipynb\n"
     )
     env = smoke.environment(folder) | {"PYTHONPATH": str(config.root())}
     dvc = [sys.executable, "-m", "dvc"]

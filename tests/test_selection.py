@@ -18,7 +18,9 @@ def pool(n_prompts: int = 6, m: int = 8, seed: int = 0) -> pd.DataFrame:
 def test_takes_the_best_of_each_prompt_best_first():
     table = pool()
     chosen = select(table, "score", 3)
-    assert list(chosen.columns) == COLUMNS and len(chosen) == 18 and (chosen["weight"] == 1).all()
+    assert list(chosen.columns) == COLUMNS
+    assert len(chosen) == 18
+    assert (chosen["weight"] == 1).all()
     for prompt_id, rows in chosen.groupby("prompt_id"):
         scores = table[table["prompt_id"] == prompt_id].set_index("image")["score"]
         assert rows["image"].tolist() == scores.sort_values(ascending=False).index[:3].tolist()
@@ -72,4 +74,5 @@ def test_random_is_uniform_and_a_larger_pool_changes_little():
     assert ((counts - 500) ** 2 / 500).sum() < 16.3  # chi-squared, 3 degrees of freedom, p = 0.001
     larger = select_random(pool(n_prompts=2000, m=5), 1, seed=0, draw=0)
     same = (images["image"] == larger["image"]).to_numpy()
-    assert (larger["image"][~same] == 4).all() and 0.75 < same.mean() < 0.85
+    assert (larger["image"][~same] == 4).all()
+    assert 0.75 < same.mean() < 0.85

@@ -16,7 +16,8 @@ FEW = {"resamples": 500}
 
 def test_mean_is_of_rows_and_n_is_of_clusters():
     interval = statistics.mean_interval([0.0, 1.0, 1.0, 1.0], ["a", "a", "b", "b"], **FEW)
-    assert interval.mean == 0.75 and interval.n == 2
+    assert interval.mean == 0.75
+    assert interval.n == 2
     assert (interval.low, interval.high) == (0.5, 1.0)  # the two clusters' means
 
 
@@ -24,7 +25,8 @@ def test_interval_matches_the_normal_one_for_independent_rows():
     values = np.random.default_rng(0).normal(3, 2, 400)
     interval = statistics.mean_interval(values, np.arange(400))
     half = 1.96 * values.std(ddof=1) / 20
-    assert interval.low == pytest.approx(values.mean() - half, abs=0.02) and interval.high == pytest.approx(values.mean() + half, abs=0.02)
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.02)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.02)
 
 
 def test_interval_covers_the_truth_where_rows_resemble_within_a_cluster():
@@ -69,14 +71,17 @@ def test_paired_difference_removes_what_the_rows_share():
     prompts, shared = np.repeat(np.arange(40), 5), rng.normal(0, 10, 200)
     interval = statistics.paired_difference(shared + 1, shared, prompts, **FEW)
     np.testing.assert_allclose([interval.mean, interval.low, interval.high], 1)
-    assert interval.excludes(0) and not statistics.mean_interval(shared + 1, prompts, **FEW).excludes(0)
+    assert interval.excludes(0)
+    assert not statistics.mean_interval(shared + 1, prompts, **FEW).excludes(0)
     with pytest.raises(ValueError, match="aligned rows"):
         statistics.paired_difference([1.0, 2.0], [1.0], [0, 0])
 
 
 def test_one_cluster_has_no_interval():
     interval = statistics.mean_interval([1.0, 2.0], [0, 0])
-    assert interval.mean == 1.5 and np.isnan(interval.low) and not interval.excludes(100)
+    assert interval.mean == 1.5
+    assert np.isnan(interval.low)
+    assert not interval.excludes(100)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,9 @@ def test_tau_is_the_mean_of_scipys_and_constant_prompts_are_counted():
     label[8:16] = 1.0
     expected = np.mean([stats.kendalltau(score[prompt == name], label[prompt == name]).statistic for name in (7, 5)])
     interval = statistics.kendall_tau(score, label, prompt, **FEW)
-    assert interval.mean == pytest.approx(expected) and interval.n == 2 and interval.undefined == 1
+    assert interval.mean == pytest.approx(expected)
+    assert interval.n == 2
+    assert interval.undefined == 1
 
 
 def test_three_ranks_are_the_papers():
@@ -134,14 +141,18 @@ def test_auc_counts_pairs():
         pairs = itertools.product(score[rows & (label == 1)], score[rows & (label == 0)])
         expected.append(np.mean([(one > zero) + 0.5 * (one == zero) for one, zero in pairs]))
     interval = statistics.auc_within(score, label, prompt, **FEW)
-    assert interval.mean == pytest.approx(np.mean(expected)) and interval.n == 3 and interval.undefined == 1
+    assert interval.mean == pytest.approx(np.mean(expected))
+    assert interval.n == 3
+    assert interval.undefined == 1
     with pytest.raises(ValueError, match="true or false"):
         statistics.auc_within(score, score / 5, prompt)
 
 
 def test_auc_without_any_usable_prompt_is_undefined():
     interval = statistics.auc_within([1.0, 2.0], [True, True], [0, 0])
-    assert np.isnan(interval.mean) and interval.n == 0 and interval.undefined == 1
+    assert np.isnan(interval.mean)
+    assert interval.n == 0
+    assert interval.undefined == 1
 
 
 def test_top_and_bottom():

@@ -1,0 +1,80 @@
+"""The whole pipeline at toy size in a temporary clone. Oracles: DVC's own account of what changed, and the bytes of the first run."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from mitune import config, smoke
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def run(project, *command):
+    done = subprocess.run(command, cwd=project, env=smoke.environment(project), capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def dvc(project, *arguments):
+    return run(project, sys.executable, "-m", "dvc", *arguments)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A clone, in a folder with a space, in which the pipeline has run once."""
+    folder = smoke.clone(tmp_path_factory.mktemp("toy clone"))
+    run(folder, sys.executable, "-m", "mitune.repro")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lock(project):
+    """The first run's lock, its hashes of every output."""
+    return config.read_yaml(project / "dvc.lock")["stages"]
+
+
+def test_every_stage_has_run_and_is_up_to_date(project, lock):
+    assert set(lock) == set(dvc(project, "stage", "list", "--name-only").split())
+    assert "up to date" in dvc(project, "status")
+
+
+def test_a_second_run_runs_nothing(project, lock):
+    assert "Running stage" not in dvc(project, "repro")
+
+
+def test_reports_are_there(project, lock):
+    reports = project / "reports"
+    articles = [name for name in lock if name[0].isdigit()]
+    index = (reports / "README.md").read_text(encoding="utf-8")
+    for article in articles:
+        assert (reports / f"{article}.ipynb").is_file()
+        assert f"{article}.ipynb" in index
+    assert dvc(project, "metrics", "show")
+
+
+def test_a_forced_run_gives_equal_bytes(project, lock):
+    """Of the base, of one category's chain, and of what reads them."""
+    category = config.load(project / "params.yaml").categories[0]
+    forced = [name for name in lock if "@" not in name or name.endswith(f"@{category}")]
+    dvc(project, "repro", "--force", "--single-item", *forced)
+    again = config.read_yaml(project / "dvc.lock")["stages"]
+    different = [f"{name}: {out['path']}" for name in forced for out, old in zip(again[name]["outs"], lock[name]["outs"], strict=True) if out != old]
+    assert not different
+
+
+def test_every_notebook_passes_nbval(project, lock):
+    """Prepared with the parameters of their stages; another category's would only repeat the same cells."""
+    category = config.load(project / "params.yaml").categories[0]
+    prepared = project / "notebooks" / "prepared"
+    files = []
+    for name, stage in lock.items():
+        if "@" in name and not name.endswith(f"@{category}"):
+            continue
+        words = shlex.split(stage["cmd"])
+        at = words.index("--to") + 1
+        words[at] = str(prepared / f"{len(files):02d}-{name.replace('@', '-')}.ipynb")
+        run(project, sys.executable, *words[1:], "--prepare-only")
+        files.append(words[at])
+    run(project, sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", *files)

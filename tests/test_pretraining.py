@@ -1,0 +1,62 @@
+"""Oracle: an uninterrupted run, diffusers' own loader, and the shipped files."""
+
+import pytest
+import torch
+from torch import nn
+
+from mitune import captions, config, fitting, models, networks
+
+SHIPPED = config.root() / "data" / "shapes"
+
+
+def line(scratch, steps, stop=None):
+    """Fit y = 2 x by `fit`; with `stop`, be killed at that step."""
+    torch.manual_seed(0)
+    module = nn.Linear(1, 1)
+
+    def loss(generator):
+        if stop is not None and generator.initial_seed() == stop:
+            raise KeyboardInterrupt
+        x = torch.rand(8, 1, generator=generator)
+        return {"loss": (module(x) - 2 * x).square().mean()}
+
+    fitting.fit("line", nn.ModuleDict({"line": module}), loss, scratch=scratch, steps=steps, learning_rate=1e-2, ema_decay=0.9, checkpoint_every=5)
+    return module
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
+    (tmp_path / "whole").mkdir(), (tmp_path / "killed").mkdir()
+    whole = line(tmp_path / "whole", 20)
+    with pytest.raises(KeyboardInterrupt):
+        line(tmp_path / "killed", 20, stop=13)
+    resumed = line(tmp_path / "killed", 20)
+    assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
+
+
+def test_every_word_is_one_token(tmp_path):
+    tokenizer = networks.build_tokenizer(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for category in (*captions.CATEGORIES, "single"):
+        caption = str(captions.sample_caption(category, generator))
+        assert len(tokenizer.tokenize(caption)) == len(caption.split())
+    assert tokenizer.get_vocab() == networks.build_tokenizer(tmp_path / "again").get_vocab()
+
+
+def test_the_shipped_model_is_small_and_loads_in_diffusers():
+    from diffusers import StableDiffusionPipeline
+
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= 20e6
+    pipeline = StableDiffusionPipeline.from_pretrained(SHIPPED / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red circle and a blue star", num_inference_steps=2, height=64, width=64, output_type="np").images
+    assert image.shape == (1, 64, 64, 3) and image.std() > 0
+
+
+def test_the_shipped_autoencoder_keeps_images():
+    from mitune import scenes
+
+    generator = torch.Generator().manual_seed(3)
+    images = scenes.render(scenes.sample_scenes([captions.sample_caption("complex", generator) for _ in range(16)], generator), generator)
+    model = models.load(SHIPPED / "pipeline")
+    mse = (model.decode(model.encode_images(images)) - images).square().mean((1, 2, 3))
+    assert (10 * torch.log10(4 / mse)).mean() > 28

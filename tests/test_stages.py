@@ -1,0 +1,64 @@
+"""Oracle: an uninterrupted run. A stage that is killed goes on from its last shard and ends with the same bytes; sets refer into pools."""
+
+import pytest
+import torch
+
+from mitune import config
+from mitune.artifacts import Results, read_table, read_tensors
+from mitune.stages import pool, scores, sets
+
+
+@pytest.fixture
+def params(tiny_pipeline, tmp_path, monkeypatch):
+    """Toy parameters in a project folder of their own, with the shipped prompts and judges."""
+    root = config.root()
+    values = config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
+    shipped = {name: str(root / entry) for name, entry in values["models"]["shapes"].items()}
+    values["models"]["shapes"] = shipped | {"pipeline": str(tiny_pipeline)}
+    monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
+    return config.read(values)
+
+
+def test_a_killed_pool_resumes_to_the_same_bytes(params, monkeypatch):
+    place = Results(params.model).pool("color", "train")
+    pool.build(params, "color")
+    whole = place.read_bytes()
+    place.unlink()
+    calls, sample = [], pool.sample
+
+    def killed(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(*arguments, **keywords)
+
+    monkeypatch.setattr(pool, "sample", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pool.build(params, "color")
+    assert not place.exists()
+    pool.build(params, "color")
+    shards = -(-params.pool.n_prompts["train"] // params.pool.shard_prompts) - (-params.pool.n_prompts["val"] // params.pool.shard_prompts)
+    assert len(calls) == 1 + shards  # the finished shard was not computed again
+    assert place.read_bytes() == whole
+
+
+def test_a_larger_pool_keeps_the_candidates_of_a_smaller_one(params):
+    pool.build(params, "color")
+    small = read_tensors(Results(params.model).pool("color", "train"))
+    values = {"model": params.model, "models": {"shapes": dict(vars(params.models["shapes"]))}, "device": "cpu", "dtype": "float32", "seed": params.seed}
+    larger = {**vars(params.pool), "n_prompts": dict(params.pool.n_prompts), "M": params.pool.M + 2}
+    pool.build(config.read(values | {"pool": larger}), "color")
+    large = read_tensors(Results(params.model).pool("color", "train"))
+    torch.testing.assert_close(large["latents"][:, : params.pool.M], small["latents"], rtol=1e-4, atol=1e-4)
+
+
+def test_sets_refer_to_the_best_of_the_pool(params):
+    pool.build(params, "color")
+    table = scores.build(params, "color")
+    chosen = sets.build(params, "color")
+    train = table[table["split"] == "train"]
+    for arm, column in (("mi_paper", params.set.paper), ("mi_best", params.set.best), ("judge", "judge")):
+        best = train.loc[train.groupby("prompt_id")[column].idxmax()].set_index("prompt_id")["image"]
+        assert chosen[chosen["arm"] == arm].set_index("prompt_id")["image"].equals(best.rename("image"))
+    assert chosen[chosen["arm"] == "random"]["draw"].nunique() == params.set.random_draws
+    assert read_table(Results(params.model).sets("color"), "sets").equals(chosen[read_table(Results(params.model).sets("color"), "sets").columns])
