@@ -34,7 +34,8 @@ def test_a_run_is_byte_stable_and_free_of_bars(trivial, tmp_path):
     for name in "ab":
         runner.run(trivial, tmp_path / f"{name}.ipynb", injected)
     assert (tmp_path / "a.ipynb").read_bytes() == (tmp_path / "b.ipynb").read_bytes()
-    assert outputs(tmp_path / "a.ipynb") == ["spatial 16 2.0\n"]
+    pool = config.load().pool
+    assert outputs(tmp_path / "a.ipynb") == [f"spatial {pool.M} {pool.guidance_scale}\n"]
     text = (tmp_path / "a.ipynb").read_text()
     for stamp in ("papermill", "iopub", "duration", "work:"):
         assert stamp not in text
