@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> Path:
-    """A small Stable Diffusion pipeline of random weights, v-prediction, 4 x 8 x 8 latents, stored in float16 as the embedded one is."""
+    """A small Stable Diffusion pipeline of random weights, v-prediction, 4 x 8 x 8 latents, stored in float16, to be loaded in float32."""
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel
 
