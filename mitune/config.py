@@ -196,7 +196,7 @@ def load(path: Path | None = None) -> Params:
     """The checked parameters of a `params.yaml` (by default the project's). Raises ValueError, one line, naming the key."""
     path = Path(path) if path else root() / "params.yaml"
     try:
-        params = _build(Params, read_yaml(path), "")
+        params = build(Params, read_yaml(path), "")
         _check({field.name: getattr(params, field.name) for field in fields(Params)})
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
@@ -211,7 +211,7 @@ def read(parameters: Mapping[str, Any] | None = None) -> Params | Declared:
     unknown = sorted(set(parameters) - set(hints))
     if unknown:
         raise ValueError(f"unknown parameter {unknown[0]!r}: the parameters are {', '.join(hints)}")
-    values = {name: _build(hints[name], value, name) for name, value in parameters.items()}
+    values = {name: build(hints[name], value, name) for name, value in parameters.items()}
     _check(values)
     return Declared(values)
 
@@ -239,13 +239,13 @@ def merge(values: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` as an instance of the annotation `kind`; `where` is its dotted key."""
+def build(kind: Any, value: Any, where: str) -> Any:
+    """`value` as an instance of the annotation `kind`; `where` is its dotted key. Raises ValueError, one line, naming the key."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
         return _build_dataclass(kind, value, where)
     if origin is Annotated:
-        number = _build(arguments[0], value, where)
+        number = build(arguments[0], value, where)
         if number not in arguments[1]:
             raise ValueError(f"{where} is {number}: it must be {arguments[1]}")
         return number
@@ -254,15 +254,15 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} is {value!r}: it must be one of {', '.join(arguments)}")
         return value
     if origin is types.UnionType or origin is typing.Union:
-        return None if value is None else _build(next(option for option in arguments if option is not types.NoneType), value, where)
+        return None if value is None else build(next(option for option in arguments if option is not types.NoneType), value, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or not value:
             raise ValueError(f"{where} is {value!r}: it must be a list of at least one entry")
-        return tuple(_build(arguments[0], entry, f"{where}[{n}]") for n, entry in enumerate(value))
+        return tuple(build(arguments[0], entry, f"{where}[{n}]") for n, entry in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping) or not value:
             raise ValueError(f"{where} is {value!r}: it must be a mapping of at least one key")
-        return types.MappingProxyType({str(key): _build(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()})
+        return types.MappingProxyType({str(key): build(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()})
     if kind is Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -284,7 +284,7 @@ def _build_dataclass(kind: type, value: Any, where: str) -> Any:
         if field.name not in value and field.default is MISSING:
             raise ValueError(f"missing key {dot}{field.name}: add it")
     hints = typing.get_type_hints(kind, include_extras=True)
-    return kind(**{name: _build(hints[name], entry, f"{dot}{name}") for name, entry in value.items()})
+    return kind(**{name: build(hints[name], entry, f"{dot}{name}") for name, entry in value.items()})
 
 
 def _check(given: Mapping[str, Any]) -> None:

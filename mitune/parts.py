@@ -14,7 +14,7 @@ from mitune.alignment import Block, ShapesJudge, image_features, text_features
 from mitune.corpus import judge_labels
 from mitune.fitting import fit
 from mitune.geometry import IMAGE_SIZE
-from mitune.networks import MAX_LENGTH, build_scheduler, build_similarity, build_unet, build_vae, text_config
+from mitune.networks import MAX_LENGTH, build_similarity, build_vae, text_config
 
 
 def train_vae(images: torch.Tensor, *, scratch: Path, device: str, steps: int, batch_size: int = 32):
@@ -97,10 +97,8 @@ def train_similarity(images, captions, tokenizer, *, scratch: Path, device: str,
     return model
 
 
-def train_judge(images, drawn: scenes.Scenes, *, scratch: Path, device: str, steps: int, seed: int, batch_size: int = 128) -> ShapesJudge:
-    """The judge, on rendered scenes with noise and blur, so that it also reads decoded images."""
-    torch.manual_seed(seed)
-    judge = ShapesJudge().to(device)
+def train_judge(judge: ShapesJudge, images, drawn: scenes.Scenes, *, name: str, scratch: Path, device: str, steps: int, seed: int, batch_size: int = 128):
+    """One cycle of `judge`, in place, on rendered scenes with noise and blur, so that it also reads decoded images."""
     labels = judge_labels(drawn)
 
     def loss(generator):
@@ -108,8 +106,7 @@ def train_judge(images, drawn: scenes.Scenes, *, scratch: Path, device: str, ste
         x = blur(images[rows], generator).to(device)
         return judge_loss(judge, x, {name: value[rows].to(device) for name, value in labels.items()})
 
-    fit("judge", nn.ModuleDict({"judge": judge}), loss, scratch=scratch, steps=steps, learning_rate=2e-3, ema_decay=0.995, seed=seed)
-    return judge
+    fit(name, nn.ModuleDict({"judge": judge}), loss, scratch=scratch, steps=steps, learning_rate=2e-3, ema_decay=0.995, seed=seed)
 
 
 def blur(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -142,22 +139,25 @@ def judge_loss(judge: ShapesJudge, images: torch.Tensor, labels: dict[str, torch
 
 
 def train_unet(
+    unet,
+    scheduler,
     latents,
     hidden_states,
     rows,
     null_state,
     *,
+    name: str,
     scratch: Path,
     device: str,
     steps: int,
-    width: int,
-    prediction_type: str,
+    seed: int,
+    snapshots: int,
     batch_size: int = 128,
-    snapshots: int = 8,
 ):
-    """The denoiser: E ||target - unet(z_t, t, c)||^2 with 10 % of the captions dropped; `rows` maps an image to its caption's row of `hidden_states`."""
-    torch.manual_seed(0)
-    unet, scheduler = build_unet(width).to(device), build_scheduler(prediction_type)
+    """One cycle of the denoiser, in place: E ||target - unet(z_t, t, c)||^2 with 10 % of the captions dropped.
+
+    `rows` maps an image to its caption's row of `hidden_states`.
+    """
 
     def loss(generator):
         index = torch.randint(len(latents), (batch_size,), generator=generator)
@@ -167,11 +167,11 @@ def train_unet(
         condition = hidden_states[rows[index]].to(device)
         dropped = (torch.rand(batch_size, generator=generator) < 0.1).to(device)
         condition = torch.where(dropped[:, None, None], null_state.to(device), condition)
-        target = scheduler.get_velocity(z, noise, timesteps) if prediction_type == "v_prediction" else noise
+        target = scheduler.get_velocity(z, noise, timesteps) if scheduler.config.prediction_type == "v_prediction" else noise
         return {"loss": F.mse_loss(unet(scheduler.add_noise(z, noise, timesteps), timesteps, condition).sample, target)}
 
-    fit("unet", nn.ModuleDict({"unet": unet}), loss, scratch=scratch, steps=steps, learning_rate=1.2e-3, ema_decay=0.999, warmup=300, snapshots=snapshots)
-    return unet, scheduler
+    modules = nn.ModuleDict({"unet": unet})
+    fit(name, modules, loss, scratch=scratch, steps=steps, learning_rate=1.2e-3, ema_decay=0.999, warmup=300, seed=seed, snapshots=snapshots)
 
 
 @torch.inference_mode()

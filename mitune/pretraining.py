@@ -20,11 +20,12 @@ from mitune import captions as grammar
 from mitune import prompts
 from mitune.alignment import ShapesJudge
 from mitune.artifacts import write_table
+from mitune.config import build
 from mitune.config import load as load_params
 from mitune.config import root
 from mitune.corpus import CaptionNoise, clean_scenes, web_latents, write_prompts
 from mitune.models import load
-from mitune.networks import build_tokenizer
+from mitune.networks import build_scheduler, build_tokenizer, build_unet
 from mitune.parts import encode_texts, train_judge, train_similarity, train_text_encoder, train_unet, train_vae
 from mitune.sampling import noise_generator, sample
 from mitune.stages.base import knows
@@ -46,8 +47,20 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Cycle:
+    """One cycle of the denoiser's training: optimizer steps, and the categories' shares of its captions."""
+
+    steps: int
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Pretraining:
-    """Sizes of every part (steps are optimizer steps); `shares` are the categories' shares of the captions."""
+    """Sizes of every part (steps are optimizer steps); `shares` are the categories' shares of the captions.
+
+    Judge and denoiser are trained in cycles: each on scenes of its own, from the averaged weights of the one before, with warm-up
+    and linear decay anew.
+    """
 
     seed: int
     device: str
@@ -59,10 +72,10 @@ class Pretraining:
     unet_width: int
     vae_steps: int
     text_steps: int
-    judge_steps: int
+    judge_cycles: tuple[int, ...]
     similarity_steps: int
-    unet_steps: int
-    snapshots: int
+    unet_cycles: tuple[Cycle, ...]
+    snapshots: int  # of each cycle of the denoiser
     probe: Probe
 
 
@@ -81,21 +94,27 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
     vae = train_vae(images, steps=config.vae_steps, **options)
     torch.manual_seed(config.seed + 1)
     text_encoder = train_text_encoder(images, captions, tokenizer, steps=config.text_steps, **options)
-    judge_images, _, drawn = clean_scenes(config.clean_scenes, JUDGE_SHARES, seed=config.seed + 2)
-    judge = train_judge(judge_images, drawn, steps=config.judge_steps, seed=config.seed + 2, **options)
-    judge.save(folder / "judge")
     similarity = train_similarity(images, captions, tokenizer, steps=config.similarity_steps, seed=config.seed + 3, **options)
     similarity.half().save_pretrained(folder / "similarity")
     tokenizer.save_pretrained(folder / "similarity")
-    del images, captions, judge_images, drawn
-    latents, texts = web_latents(config.web_scenes, config.shares, config.noise, vae, seed=config.seed + 1)
-    distinct = sorted(set(texts))
-    row = {text: n for n, text in enumerate(distinct)}
-    hidden_states = encode_texts(text_encoder, tokenizer, [*distinct, ""], device=config.device)
-    unet, scheduler = train_unet(
-        latents, hidden_states, torch.tensor([row[text] for text in texts]), hidden_states[-1],
-        steps=config.unet_steps, width=config.unet_width, prediction_type=config.prediction_type, snapshots=config.snapshots, **options,
-    )  # fmt: skip
+    torch.manual_seed(config.seed + 2)
+    judge = ShapesJudge().to(config.device)
+    for n, steps in enumerate(config.judge_cycles):
+        images, _, drawn = clean_scenes(config.clean_scenes, JUDGE_SHARES, seed=config.seed + 2 + 10 * n)
+        train_judge(judge, images, drawn, name=f"judge_{n + 1}", steps=steps, seed=config.seed + 2 + n, **options)
+    judge.save(folder / "judge")
+    del images, captions, drawn
+    torch.manual_seed(config.seed)
+    unet, scheduler = build_unet(config.unet_width).to(config.device), build_scheduler(config.prediction_type)
+    for n, cycle in enumerate(config.unet_cycles):
+        latents, texts = web_latents(config.web_scenes, cycle.shares, config.noise, vae, seed=config.seed + 1 + 10 * n)
+        row = {text: i for i, text in enumerate(sorted({*texts, ""}))}
+        hidden_states = encode_texts(text_encoder, tokenizer, list(row), device=config.device)
+        rows = torch.tensor([row[text] for text in texts])
+        train_unet(
+            unet, scheduler, latents, hidden_states, rows, hidden_states[row[""]],
+            name=f"unet_{n + 1}", steps=cycle.steps, seed=config.seed + n, snapshots=config.snapshots, **options,
+        )  # fmt: skip
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -116,7 +135,9 @@ def learning_curve(folder: Path, scratch: Path, config: Pretraining) -> pd.DataF
     """What each snapshot of the denoiser knows (is a rendered scene's true caption preferred?) and does (the judge's score of a sample), a row a case."""
     judge, model = ShapesJudge.load(folder / "judge", device=config.device), load(folder / "pipeline", device=config.device)
     probe, frames = config.probe, []
-    for file in tqdm(sorted(scratch.glob("unet-*.pt")), desc="learning curve"):
+    starts = [sum(cycle.steps for cycle in config.unet_cycles[:n]) for n in range(len(config.unet_cycles))]
+    files = {start + int(file.stem.split("-")[1]): file for n, start in enumerate(starts) for file in sorted(scratch.glob(f"unet_{n + 1}-*.pt"))}
+    for step, file in tqdm(files.items(), desc="learning curve"):
         weights = torch.load(file, map_location=config.device, weights_only=True)
         model.network.load_state_dict({name.removeprefix("unet."): value.float() for name, value in weights.items()})
         for category in grammar.CATEGORIES:
@@ -127,7 +148,6 @@ def learning_curve(folder: Path, scratch: Path, config: Pretraining) -> pd.DataF
                 generators=[noise_generator(config.seed, text, case) for case, text in enumerate(texts)], batch_size=probe.batch_size,
             )  # fmt: skip
             does = judge.score(model.decode(samples.latents), texts).double().numpy()
-            step = int(file.stem.split("-")[1])
             frames.append(cases[["category", "case"]].assign(step=step, knows=cases["correct"], does=does))
     return pd.concat(frames, ignore_index=True)
 
@@ -137,8 +157,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=root() / "data" / "shapes", help="folder of the finished model (default: data/shapes)")
     parser.add_argument("--scratch", type=Path, default=root() / ".scratch" / "pretrain", help="checkpoints and log (default: .scratch/pretrain)")
     arguments = parser.parse_args()
-    values = dict(load_params().pretrain)
-    config = Pretraining(**values | {"noise": CaptionNoise(**values["noise"]), "probe": Probe(**values["probe"])})
+    config = build(Pretraining, load_params().pretrain, "pretrain")
     pretrain(config, folder=arguments.to, scratch=arguments.scratch)
 
 

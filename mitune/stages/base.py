@@ -73,7 +73,8 @@ def checks(model, judge, similarity, config, *, seed: int) -> dict[str, dict[str
 
 
 def judge_accuracy(judge, images: torch.Tensor, drawn: scenes.Scenes) -> dict[str, float]:
-    """Share of right answers about presence (all shapes of an image), colour, texture and size (each object), direction and contact (each clear pair)."""
+    """Share of right answers about presence (each shape of the world, and all of an image at once), colour, texture and size (each object),
+    direction and contact (each clear pair)."""
     parts = [judge(part) for part in images.split(512)]
     answers = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     labels, rows = judge_labels(drawn), torch.arange(len(images))
@@ -86,7 +87,8 @@ def judge_accuracy(judge, images: torch.Tensor, drawn: scenes.Scenes) -> dict[st
         present[at] = True
         for name, values in right.items():
             values.append(answers[name][at].argmax(-1) == labels[name][here, i])
-    accuracy = {"presence": float(((answers["present"][..., 0] > 0) == present).all(1).float().mean())}
+    seen = (answers["present"][..., 0] > 0) == present
+    accuracy = {"presence": float(seen.float().mean()), "presence of all shapes": float(seen.all(1).float().mean())}
     accuracy |= {name: float(torch.cat(values).float().mean()) for name, values in right.items()}
     pairs = second >= 0
     offset = (drawn.centre[:, 0] - drawn.centre[:, 1])[pairs]
