@@ -20,9 +20,8 @@ from mitune import captions as grammar
 from mitune import prompts
 from mitune.alignment import ShapesJudge
 from mitune.artifacts import write_table
-from mitune.config import build
+from mitune.config import build, root
 from mitune.config import load as load_params
-from mitune.config import root
 from mitune.corpus import CaptionNoise, clean_scenes, web_latents, write_prompts
 from mitune.models import load
 from mitune.networks import build_scheduler, build_tokenizer, build_unet
