@@ -38,7 +38,7 @@ SCHEMAS: dict[str, dict[str, pa.DataType]] = {
         **_SCENE,
         **_ALIGNMENT,
     },  # and each estimator and its standard error (`_se`), in nats
-    "sets": {"category": TEXT, "arm": TEXT, "draw": WHOLE, **_IMAGE, "weight": REAL, "why": TEXT},
+    "sets": {"category": TEXT, "arm": TEXT, "draw": WHOLE, **_IMAGE, "why": TEXT},
     "curves": {"category": TEXT, "arm": TEXT, "step": WHOLE, "loss": REAL, "grad_norm": REAL},
     "images": {"category": TEXT, "arm": TEXT, "split": TEXT, "guidance_scale": REAL, **_IMAGE, **_SCENE, **_ALIGNMENT, "failure": TEXT},
     "knows": {"category": TEXT, "kind": TEXT, "case": WHOLE, "prompt": TEXT, "wrong": TEXT, "margin": REAL, "correct": TRUTH},  # margin in nats

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pandas as pd
 
-COLUMNS = ["prompt_id", "image", "weight", "why"]
+COLUMNS = ["prompt_id", "image", "why"]
 
 
 def select(table: pd.DataFrame, score_column: str, k: int) -> pd.DataFrame:
@@ -17,7 +17,7 @@ def select(table: pd.DataFrame, score_column: str, k: int) -> pd.DataFrame:
         table: one category and split, a row an image, with prompt_id, image and `score_column`; in any order.
 
     Returns:
-        Rows (prompt_id, image, weight, why), best first within a prompt; weight is 1.
+        Rows (prompt_id, image, why), best first within a prompt.
 
     Raises:
         ValueError: an unknown column, a score that is not finite, an image listed twice, k < 1, or k above a prompt's M.
@@ -27,7 +27,7 @@ def select(table: pd.DataFrame, score_column: str, k: int) -> pd.DataFrame:
     rank = ordered.groupby("prompt_id").cumcount() + 1
     chosen, rank = ordered[rank <= k], rank[rank <= k]
     why = [f"{score_column} {score:.6g}, rank {r} of {sizes[p]}" for score, r, p in zip(chosen[score_column], rank, chosen["prompt_id"], strict=True)]
-    return chosen.assign(weight=1.0, why=why)[COLUMNS].reset_index(drop=True)
+    return chosen.assign(why=why)[COLUMNS].reset_index(drop=True)
 
 
 def select_random(table: pd.DataFrame, k: int, seed: int, draw: int) -> pd.DataFrame:

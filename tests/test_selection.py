@@ -20,7 +20,6 @@ def test_takes_the_best_of_each_prompt_best_first():
     chosen = select(table, "score", 3)
     assert list(chosen.columns) == COLUMNS
     assert len(chosen) == 18
-    assert (chosen["weight"] == 1).all()
     for prompt_id, rows in chosen.groupby("prompt_id"):
         scores = table[table["prompt_id"] == prompt_id].set_index("image")["score"]
         assert rows["image"].tolist() == scores.sort_values(ascending=False).index[:3].tolist()
