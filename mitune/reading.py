@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from mitune import config
 from mitune.artifacts import Results, read_table, read_tensors, write_metrics
@@ -17,6 +18,20 @@ def tables(params, kind: str) -> pd.DataFrame:
     """One table over all categories; `kind` is scores, sets, curves or images."""
     results = Results(params.model)
     return pd.concat([read_table(getattr(results, kind)(category), kind) for category in params.categories], ignore_index=True)
+
+
+def terms(params, scores: pd.DataFrame) -> dict[str, torch.Tensor]:
+    """The stored MI terms of the candidates of `scores`, which holds whole splits as `tables` gives them: no kappa, a row a row.
+
+    `orthogonal` and `path` (N, S) at `timesteps` (S,) along the trajectory; `renoised_orthogonal` and `renoised_standard` (N, R) at
+    `renoised_timesteps` (R,).
+    """
+    results, parts = Results(params.model), []
+    for category, split in scores[["category", "split"]].drop_duplicates().itertuples(index=False):
+        pool = read_tensors(results.pool(category, split), ["orthogonal", "path", "timesteps"])
+        parts.append(pool | read_tensors(results.terms(category, split)))
+    shared = ("timesteps", "renoised_timesteps")
+    return {name: value if name in shared else torch.cat([part[name].flatten(0, 1) for part in parts]) for name, value in parts[0].items()}
 
 
 def pictures(params, category: str, split: str, rows: list[int]):

@@ -42,6 +42,32 @@ def select_random(table: pd.DataFrame, k: int, seed: int, draw: int) -> pd.DataF
     return chosen.assign(why=f"random, seed {seed}, draw {draw}")
 
 
+def successive_halving(values: np.ndarray, k: int) -> tuple[np.ndarray, int]:
+    """The k best of M candidates by the sum of their R contributions, the worse half rejected early (Karnin et al. 2013).
+
+    Round i of L = ceil(log2(M / k)) sums the first R (2^(i+1) - 1) / (2^L - 1) contributions, rounded, at least one, of the candidates
+    that are left, and keeps the better half, or k; the last round sums all R.
+
+    Args:
+        values: (M, R), each candidate's contributions in the order in which they would be computed.
+
+    Returns:
+        The kept candidates (k,), best first, of equals the lower index, and how many contributions were needed (M R without rejection).
+
+    Raises:
+        ValueError: k outside 1..M.
+    """
+    if not 1 <= k <= len(values):
+        raise ValueError(f"k = {k} must lie in 1..M, and there are M = {len(values)} candidates")
+    alive, seen, needed, rounds = np.arange(len(values)), 0, 0, max((len(values) - 1) // k, 0).bit_length()
+    for i in range(max(rounds, 1)):
+        upto = values.shape[1] if i >= rounds - 1 else max(round(values.shape[1] * (2 ** (i + 1) - 1) / (2**rounds - 1)), 1)
+        needed += len(alive) * (upto - seen)
+        order = alive[np.argsort(-values[alive, :upto].sum(1), kind="stable")]
+        alive, seen = np.sort(order[: k if i >= rounds - 1 else max(-(-len(alive) // 2), k)]), upto
+    return alive[np.argsort(-values[alive].sum(1), kind="stable")], needed
+
+
 def _sizes(table: pd.DataFrame, score_column: str, k: int) -> pd.Series:
     """M of each prompt, once the table and k are known to be sound."""
     missing = [name for name in ("prompt_id", "image", score_column) if name not in table]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mitune.selection import COLUMNS, select, select_random
+from mitune.selection import COLUMNS, select, select_random, successive_halving
 
 
 def pool(n_prompts: int = 6, m: int = 8, seed: int = 0) -> pd.DataFrame:
@@ -75,3 +75,20 @@ def test_random_is_uniform_and_a_larger_pool_changes_little():
     same = (images["image"] == larger["image"]).to_numpy()
     assert (larger["image"][~same] == 4).all()
     assert 0.75 < same.mean() < 0.85
+
+
+def test_halving_meets_the_full_sum_where_contributions_agree_and_costs_less():
+    values = np.repeat(np.random.default_rng(0).normal(size=(16, 1)), 24, 1)
+    kept, needed = successive_halving(values, 1)
+    assert kept.tolist() == [values[:, 0].argmax()]
+    assert needed == 16 * 2 + 8 * (5 - 2) + 4 * (11 - 5) + 2 * (24 - 11)  # 24 (2^i - 1) / 15 contributions after round i
+
+
+def test_halving_loses_a_late_bloomer_and_keeps_order():
+    values = np.zeros((4, 4))
+    values[0], values[1], values[2] = [1, 1, 1, 1], [2, 1, 1, 1], [-1, 0, 9, 9]
+    assert successive_halving(values, 1)[0].tolist() == [1]
+    assert successive_halving(values, 3)[0].tolist() == [2, 1, 0]  # a single round over everything
+    assert successive_halving(values, 4)[1] == 16
+    with pytest.raises(ValueError, match=r"k = 5 must lie in 1..M"):
+        successive_halving(values, 5)
