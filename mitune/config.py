@@ -40,6 +40,9 @@ Size = Annotated[int, Range(0)]
 Index = Annotated[int, Range(0, 1000)]  # of a diffusion timestep
 Steps = Annotated[int, Range(2, 1000)]
 Scale = Annotated[float, Range(0.0)]
+Rate = Annotated[float, Range(0.0, 0.99)]
+Several = Annotated[int, Range(2)]
+Positive = Annotated[float, Range(1e-6)]
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,35 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class World:
+    dimensions: Count
+    modes: Several
+    caption_error: Rate
+    separation: Positive
+    std: Positive
+
+
+@dataclass(frozen=True)
+class ExactWorlds:
+    world: World
+    dimensions: tuple[Count, ...]
+    modes: tuple[Several, ...]
+    caption_errors: tuple[Rate, ...]
+    guided_errors: tuple[Rate, ...]
+    error_multiples: tuple[Positive, ...]
+    separations: tuple[Positive, ...]
+    two_component_errors: tuple[Annotated[float, Range(0.001, 0.499)], ...]
+    worlds: Several
+    images: Several
+    timesteps: Several
+    timestep_grid: tuple[Several, ...]
+    noises: Count
+    num_inference_steps: Steps
+    step_grid: tuple[Steps, ...]
+    guidance_scales: tuple[Scale, ...]
+
+
+@dataclass(frozen=True)
 class Params:
     """All of `params.yaml`; what each key means, its unit and its range stand beside it there."""
 
@@ -150,6 +182,7 @@ class Params:
     set: Set
     finetune: Finetune
     evaluate: Evaluate
+    exact_worlds: ExactWorlds
     pretrain: dict[str, Any]  # checked by mitune.pretraining, which alone reads it
 
 

@@ -69,10 +69,21 @@ class MixtureWorld:
         expected = torch.einsum("nk,kchw->nchw", self._joint(latents, signal, sigma, conditioning).softmax(-1), self.means)
         return sigma * (latents - signal * expected) / (signal**2 * self.std**2 + sigma**2)
 
+    def captioned(self, prompts: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+        """Components (N,) ~ pi(k|p): what the images of these prompts show, the prompt's own or, by a wrong caption, another."""
+        return torch.multinomial(self.encode(prompts).tensors["weights"], 1, generator=generator)[:, 0]
+
+    def around(self, components: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Exact samples of the given components, (N, C, H, W)."""
+        return self.means[components] + self.std * torch.randn((len(components), *self.latent_shape), generator=generator)
+
     def draw(self, prompts: Sequence[int], generator: torch.Generator) -> torch.Tensor:
         """Exact samples z_0 ~ q(z|p), (N, C, H, W)."""
-        components = torch.multinomial(self.encode(prompts).tensors["weights"], 1, generator=generator)[:, 0]
-        return self.means[components] + self.std * torch.randn((len(components), *self.latent_shape), generator=generator)
+        return self.around(self.captioned(prompts, generator), generator)
+
+    def posterior(self, latents: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Probability of each component given z_0, (N, K)."""
+        return self._joint(latents, torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), conditioning).softmax(-1)
 
     def log_ratio(self, latents: torch.Tensor, prompts: Sequence[int], timestep: int | None = None) -> torch.Tensor:
         """log q_t(z|p) / q_t(z), (N,) nats: the point-wise MI of z_t, or of z_0 if `timestep` is None."""

@@ -109,15 +109,21 @@ def interval_bars(series: dict[str, dict], *, ylabel: str, control: str | None =
 @_styled
 def curves(
     lines: dict[str, tuple], *, xlabel: str, ylabel: str, control: str | None = None, reference: dict[str, float] | None = None,
-    log_x: bool = False, log_y: bool = False,
+    points: dict[str, tuple] | None = None, log_x: bool = False, log_y: bool = False,
 ) -> Figure:  # fmt: skip
-    """Lines with bands: {name: (x, mean)} or {name: (x, mean, low, high)}; `reference` {name: y} draws dashed levels."""
+    """Lines with bands: {name: (x, mean)} or {name: (x, mean, low, high)}; `reference` {name: y} draws dashed levels.
+
+    `points` {name: (x, intervals)} are dots with error bars in the colour of the line of that name: what was measured beside what was computed.
+    """
     figure, ax = plt.subplots()
     colors = _colors(lines, control)
     for name, (x, mean, *band) in lines.items():
         ax.plot(x, mean, color=colors[name], label=name)
         if band:
             ax.fill_between(x, *band, color=colors[name], alpha=0.2, lw=0)
+    for name, (x, intervals) in (points or {}).items():
+        means, errors = _bars(intervals)
+        ax.errorbar(x, means, yerr=errors, fmt="o", color=colors[name], capsize=3, ms=6)
     for name, level in (reference or {}).items():
         ax.axhline(level, color="black", ls="--", lw=1.5, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")

@@ -112,17 +112,26 @@ def tau_three_ranks(mi, label, prompt, **bootstrap) -> Interval:
     return _over_prompts(taus, **bootstrap)
 
 
-def auc_within(score, label, prompt, **bootstrap) -> Interval:
+def auc_within(score, label, prompt, clusters=None, **bootstrap) -> Interval:
     """Probability that an aligned image scores above a misaligned one of the same prompt (ties 1/2), mean over prompts having both.
 
     AUC = (R - n_1 (n_1 + 1) / 2) / (n_1 n_0), R the sum of the ranks of the n_1 aligned images (Mann-Whitney). `label` (N,) is
-    true for aligned images; prompts whose images are all alike are undefined.
+    true for aligned images; prompts whose images are all alike are undefined. `clusters` (N,), each a set of whole prompts, are what
+    is resampled where prompts are not independent.
     """
     label = np.asarray(label)
     if not np.isin(label, (0, 1)).all():
         raise ValueError(f"labels must be true or false, got {np.unique(label)[:4].tolist()}; compare the score with its threshold first")
     score, label, prompt = _aligned(score, label.astype(float), prompt)
-    return _over_prompts([_auc(score[rows], label[rows] == 1) for rows in _groups(prompt)], **bootstrap)
+    groups = _groups(prompt)
+    return _over_prompts([_auc(score[rows], label[rows] == 1) for rows in groups], _of_prompts(clusters, groups), **bootstrap)
+
+
+def correlation_within(score, value, prompt, clusters=None, **bootstrap) -> Interval:
+    """Mean over prompts of Pearson's correlation of `score` and `value` (N,); undefined where either is constant. `clusters` as in `auc_within`."""
+    score, value, prompt = _aligned(score, value, prompt)
+    groups = _groups(prompt)
+    return _over_prompts([_pearson(score[rows], value[rows]) for rows in groups], _of_prompts(clusters, groups), **bootstrap)
 
 
 def top_mean(score, value, prompt, **bootstrap) -> Interval:
@@ -142,20 +151,36 @@ def _auc(score: np.ndarray, label: np.ndarray) -> float:
     return float((stats.rankdata(score)[label].sum() - ones * (ones + 1) / 2) / (ones * zeros))
 
 
+def _pearson(score: np.ndarray, value: np.ndarray) -> float:
+    score, value = score - score.mean(), value - value.mean()
+    scale = np.sqrt((score**2).sum() * (value**2).sum())
+    return float(score @ value / scale) if scale > 0 else float("nan")
+
+
 def _at_rank(score, value, prompt, rank: int, **bootstrap) -> Interval:
     score, value, prompt = _aligned(score, value, prompt)
     return _over_prompts([value[_by_rank(score, rows)[rank]] for rows in _groups(prompt)], **bootstrap)
 
 
-def _over_prompts(values: list[float], **bootstrap) -> Interval:
-    """Interval of one value a prompt, the nan ones counted as undefined."""
+def _over_prompts(values: list[float], clusters: np.ndarray | None = None, **bootstrap) -> Interval:
+    """Interval of one value a prompt, the nan ones counted as undefined; prompts are resampled, or their `clusters` (P,)."""
     values = np.asarray(values, dtype=float)
-    defined = values[~np.isnan(values)]
-    undefined = len(values) - len(defined)
-    if not len(defined):
+    known = ~np.isnan(values)
+    undefined = int((~known).sum())
+    if not known.any():
         return Interval(float("nan"), float("nan"), float("nan"), 0, undefined)
-    interval = mean_interval(defined, np.arange(len(defined)), **bootstrap)
+    interval = mean_interval(values[known], np.arange(known.sum()) if clusters is None else clusters[known], **bootstrap)
     return Interval(interval.mean, interval.low, interval.high, interval.n, undefined)
+
+
+def _of_prompts(clusters, groups: list[np.ndarray]) -> np.ndarray | None:
+    """The cluster (P,) of each prompt, whose rows are its group. Raises ValueError for a prompt in two clusters."""
+    if clusters is None:
+        return None
+    clusters = np.asarray(clusters)
+    if any(len(np.unique(clusters[rows])) > 1 for rows in groups):
+        raise ValueError("a prompt lies in two clusters; a cluster is a set of whole prompts")
+    return np.array([clusters[rows[0]] for rows in groups])
 
 
 # ---------------------------------------------------------------- arrays

@@ -77,6 +77,9 @@ def test_the_toy_overlay_is_valid(values):
         ("estimators.standard.t_min", 999, "estimators.standard.t_min is 999"),
         ("evaluate.guidance_scales", [-1.0], "evaluate.guidance_scales[0] is -1.0"),
         ("pool.num_inference_steps", 1, "between 2 and 1000"),
+        ("exact_worlds.world.modes", 1, "exact_worlds.world.modes is 1"),
+        ("exact_worlds.caption_errors", [1.0], "exact_worlds.caption_errors[0] is 1.0"),
+        ("exact_worlds.two_component_errors", [0.5], "exact_worlds.two_component_errors[0] is 0.5"),
     ],
 )
 def test_bad_values_are_refused_by_name_in_one_line(values, tmp_path, key, value, named):

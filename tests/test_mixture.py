@@ -64,6 +64,15 @@ def test_captions_are_wrong_at_their_rate(world):
     assert value == pytest.approx(float(torch.tensor(3.0).log() - Categorical(torch.tensor([0.7, 0.15, 0.15])).entropy()), rel=1e-4)
 
 
+def test_posterior_is_bayes_rule(world):
+    z = world.draw([0, 1, 2, 2], seeded(4))
+    weights = world.encode([1] * 4)
+    spread = torch.full((3, 16), world.std, dtype=torch.float64)
+    densities = Independent(Normal(world.means.double().flatten(1), spread), 1).log_prob(z.double().flatten(1)[:, None])
+    expected = (densities + weights.tensors["weights"].double().log()).softmax(-1)
+    assert_close(world.posterior(z, weights).double(), expected, rtol=1e-3, atol=1e-5)
+
+
 def test_renoised_estimators_meet_the_exact_information(world, exact):
     n, timesteps = 9000, renoised_timesteps(T, 100)
     prompts = [i % 3 for i in range(n)]

@@ -78,6 +78,9 @@ def test_curves_with_and_without_bands():
     assert len(ax.collections) == 1
     assert len(ax.lines) == 3
     assert ax.get_xscale() == "log"
+    points = {"does": ([2.0, 3.0], list(SERIES["base"].values()))}
+    (ax,) = plots.curves({"knows": (x, x), "does": (x, x**2)}, points=points, xlabel="step", ylabel="%").axes
+    assert ax.containers[0].lines[0].get_color() == ax.lines[1].get_color()
 
 
 def test_settings_are_left_alone_and_bytes_are_equal(tmp_path):

@@ -148,6 +148,22 @@ def test_auc_counts_pairs():
         statistics.auc_within(score, score / 5, prompt)
 
 
+def test_correlation_is_pearsons_and_clusters_are_resampled_whole():
+    rng = np.random.default_rng(9)
+    prompt, score, value = np.repeat(np.arange(6), 8), rng.normal(size=48), rng.normal(size=48)
+    value[prompt == 5] = 1.0
+    expected = [np.corrcoef(score[prompt == name], value[prompt == name])[0, 1] for name in range(5)]
+    interval = statistics.correlation_within(score, value, prompt, **FEW)
+    assert interval.mean == pytest.approx(np.mean(expected))
+    assert (interval.n, interval.undefined) == (5, 1)
+    paired = statistics.correlation_within(score, value, prompt, prompt // 3, **FEW)
+    assert paired.n == 2 and paired.mean == pytest.approx(np.mean(expected))
+    assert (paired.low, paired.high) == pytest.approx(sorted([np.mean(expected[:3]), np.mean(expected[3:])]))
+    assert statistics.auc_within(score, score > 0, prompt, prompt // 3, **FEW).n == 2
+    with pytest.raises(ValueError, match="two clusters"):
+        statistics.correlation_within(score, value, prompt, np.arange(48))
+
+
 def test_auc_without_any_usable_prompt_is_undefined():
     interval = statistics.auc_within([1.0, 2.0], [True, True], [0, 0])
     assert np.isnan(interval.mean)
