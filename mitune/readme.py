@@ -20,7 +20,7 @@ COMMANDS = {
     "dag": "dvc dag --md --collapse-foreach-matrix",
     "stages": "dvc stage list --name-only",
     "stage": "dvc repro --dry --force --single-item sets@color",
-    "metrics": "dvc metrics show --md",
+    "metrics": "dvc metrics show --md reports/headline.json",
     "plots": "dvc plots show",
     "experiment": "dvc exp run --dry --force --single-item --name k2 -S set.k=2 sets@color",
 }

@@ -54,6 +54,10 @@ def test_the_shipped_model_is_small_and_loads_in_diffusers():
     assert image.shape == (1, 64, 64, 3) and image.std() > 0
 
 
+def test_the_shipped_files_name_no_folder_of_a_machine():
+    assert [file for file in SHIPPED.rglob("*.json") if "_name_or_path" in file.read_text() or "/home/" in file.read_text()] == []
+
+
 def test_the_shipped_autoencoder_keeps_images():
     from mitune import scenes
 

@@ -1,11 +1,13 @@
 """Oracle: an uninterrupted run. A stage that is killed goes on from its last shard and ends with the same bytes; sets refer into pools."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from mitune import config
 from mitune.artifacts import Results, read_table, read_tensors
-from mitune.stages import pool, scores, sets
+from mitune.stages import evaluate, pool, read_prompts, scores, sets
 
 
 @pytest.fixture
@@ -62,3 +64,16 @@ def test_sets_refer_to_the_best_of_the_pool(params):
         assert chosen[chosen["arm"] == arm].set_index("prompt_id")["image"].equals(best.rename("image"))
     assert chosen[chosen["arm"] == "random"]["draw"].nunique() == params.set.random_draws
     assert read_table(Results(params.model).sets("color"), "sets").equals(chosen[read_table(Results(params.model).sets("color"), "sets").columns])
+
+
+def test_the_default_profile_asks_for_no_more_prompts_than_are_shipped():
+    params = config.load()
+    for category in params.categories:
+        for split, n in params.pool.n_prompts.items():
+            assert len(read_prompts(params, category, split, n)) == n
+
+
+def test_an_evaluation_takes_all_prompts_where_there_are_fewer_than_asked_for(params):
+    few = dataclasses.replace(params.evaluate, n_prompts=48, images=1, num_inference_steps=2, guidance_scales=(1.0,), shard_prompts=24)
+    table = evaluate.build(config.Declared(vars(params) | {"evaluate": few, "finetune": dataclasses.replace(params.finetune, arms=())}), "non_spatial")
+    assert len(table) == 47  # of non_spatial_test.txt

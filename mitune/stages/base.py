@@ -6,11 +6,11 @@ import pandas as pd
 import torch
 
 from mitune import captions as grammar
-from mitune import scenes
+from mitune import prompts, scenes
 from mitune.artifacts import Results, progress, write_json, write_table
 from mitune.corpus import clean_scenes, judge_labels
 from mitune.information import estimate, renoised_terms, renoised_timesteps
-from mitune.stages import open_model, read_prompts
+from mitune.stages import open_model, path
 from mitune.stages.judging import open_judges
 
 
@@ -20,8 +20,8 @@ def build(params) -> tuple[pd.DataFrame, dict]:
     cases = []
     with progress(len(params.categories), "knows", unit="category") as bar:
         for category in params.categories:
-            prompts = [item.text for item in read_prompts(params, category, "test", params.base.cases)]
-            cases.append(knows(model, category, prompts, params.base, seed=params.seed))
+            texts = [item.text for item in prompts.load(path(params.models[params.model].prompts), category, "test")]
+            cases.append(knows(model, category, texts, params.base, seed=params.seed))
             bar.update(1)
     table = pd.concat(cases, ignore_index=True)
     write_table(table, results.base("knows.parquet"), "knows")
@@ -30,14 +30,14 @@ def build(params) -> tuple[pd.DataFrame, dict]:
     return table, examined
 
 
-def knows(model, category: str, prompts: list[str], config, *, seed: int) -> pd.DataFrame:
-    """Cases in which a rendered scene's true caption meets one with an error: the margin is the difference of their standard MI, in nats.
+def knows(model, category: str, texts: list[str], config, *, seed: int) -> pd.DataFrame:
+    """Cases, the texts in turn, in which a rendered scene's true caption meets one with an error: the margin is the difference of their standard MI, in nats.
 
     margin = mean_t kappa_t (||noise - eps_wrong||^2 - ||noise - eps_true||^2): the unconditional term is common to both and cancels.
     The error is a swap of attributes, a turned relation or an exchanged object, drawn among those that the caption admits.
     """
     generator = torch.Generator().manual_seed(seed)
-    true = [grammar.parse(prompts[i % len(prompts)]) for i in range(config.cases)]
+    true = [grammar.parse(texts[i % len(texts)]) for i in range(config.cases)]
     rows = []
     for caption in true:
         errors = {kind: found for kind, found in grammar.corruptions(caption).items() if found and kind != "replace"}
