@@ -84,7 +84,7 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
 
     scratch.mkdir(parents=True, exist_ok=True)
     if config.device == "cpu" and not (scratch / "log.jsonl").exists():
-        tqdm.write("pretraining on the CPU: up to 150 minutes on two cores; an interruption costs at most 200 steps")
+        tqdm.write("pretraining on the CPU takes hours (data/shapes/log.jsonl has each part's seconds); an interruption costs at most 200 steps")
     options = {"scratch": scratch, "device": config.device}
     write_prompts(folder / "prompts", seed=config.seed)
     tokenizer = build_tokenizer(folder / "tokenizer")
