@@ -39,7 +39,7 @@ SCHEMAS: dict[str, dict[str, pa.DataType]] = {
         **_ALIGNMENT,
     },  # and each estimator and its standard error (`_se`), in nats
     "sets": {"category": TEXT, "arm": TEXT, "draw": WHOLE, **_IMAGE, "why": TEXT},
-    "curves": {"category": TEXT, "arm": TEXT, "step": WHOLE, "loss": REAL, "grad_norm": REAL},
+    "curve": {"category": TEXT, "arm": TEXT, "step": WHOLE, "loss": REAL, "grad_norm": REAL},
     "images": {"category": TEXT, "arm": TEXT, "split": TEXT, "guidance_scale": REAL, **_IMAGE, **_SCENE, **_ALIGNMENT, "failure": TEXT},
     "knows": {"category": TEXT, "kind": TEXT, "case": WHOLE, "prompt": TEXT, "wrong": TEXT, "margin": REAL, "correct": TRUTH},  # margin in nats
     "snapshots": {"step": WHOLE, "category": TEXT, "case": WHOLE, "knows": TRUTH, "does": REAL},
@@ -74,8 +74,8 @@ class Results:
         """The folder that the pipeline's `load_lora_weights` reads."""
         return self.folder / "adapters" / category / arm
 
-    def curves(self, category: str) -> Path:
-        return self.folder / "adapters" / category / "curves.parquet"
+    def curve(self, category: str, arm: str) -> Path:
+        return self.adapter(category, arm) / "curve.parquet"
 
     def images(self, category: str) -> Path:
         return self.folder / "evaluation" / category / "images.parquet"

@@ -120,7 +120,6 @@ class Finetune:
     checkpoint_every: Count
     save_dtype: Literal["float32", "float16"]
     seed: Size
-    arms: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -180,6 +179,7 @@ class Params:
     renoise: Renoise
     estimators: dict[str, Estimator]
     set: Set
+    arms: tuple[str, ...]
     finetune: Finetune
     evaluate: Evaluate
     exact_worlds: ExactWorlds
@@ -333,12 +333,13 @@ def _check_names(given: Mapping[str, Any]) -> None:
         wanted = "reports" if given["model"] == "shapes" else f"reports/{given['model']}"
         if given["reports"] != wanted:
             raise ValueError(f"reports is {given['reports']!r}: for model {given['model']!r} it must be {wanted!r}")
-    categories = given.get("categories", ())
-    for category in categories:
-        if category not in CATEGORIES:
-            raise ValueError(f"categories has {category!r}: it must be one of {', '.join(CATEGORIES)}")
-    if len(set(categories)) < len(categories):
-        raise ValueError(f"categories has an entry twice: {', '.join(categories)}")
+    for key, known in {"categories": CATEGORIES, "arms": ARMS}.items():
+        names = given.get(key, ())
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{key} has {name!r}: it must be one of {', '.join(known)}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{key} has an entry twice: {', '.join(names)}")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", given.get("device", "cpu")):
         raise ValueError(f"device is {given['device']!r}: it must be cpu, cuda, cuda:<number> or mps")
 
@@ -371,6 +372,3 @@ def _check_sizes(given: Mapping[str, Any]) -> None:
             raise ValueError(f"finetune.timesteps is {finetune.timesteps.low} to {finetune.timesteps.high}: low must be below high")
         if len(finetune.betas) != 2:
             raise ValueError(f"finetune.betas has {len(finetune.betas)} entries: AdamW takes two")
-        for arm in finetune.arms:
-            if arm not in ARMS:
-                raise ValueError(f"finetune.arms has {arm!r}: it must be one of {', '.join(ARMS)}")

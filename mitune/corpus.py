@@ -55,14 +55,14 @@ def web_captions(captions: list[grammar.Caption], noise: CaptionNoise, generator
     return drawn, said
 
 
-def clean_scenes(n: int, shares: dict[str, float], *, seed: int) -> tuple[torch.Tensor, list[grammar.Caption], scenes.Scenes]:
-    """Rendered scenes, their true captions, and what was drawn."""
+def clean_scenes(n: int, shares: dict[str, float], *, seed: int, plain: float = scenes.PLAIN) -> tuple[torch.Tensor, list[grammar.Caption], scenes.Scenes]:
+    """Rendered scenes, their true captions, and what was drawn; `plain` as in `sample_scenes`."""
     generator = torch.Generator().manual_seed(seed)
     captions = sample_captions(n, generator, shares)
     drawn = []
     with progress(n, "scenes", unit="scene") as bar:
         for i in range(0, n, 1000):
-            drawn.append(scenes.sample_scenes(captions[i : i + 1000], generator))
+            drawn.append(scenes.sample_scenes(captions[i : i + 1000], generator, plain=plain))
             bar.update(len(drawn[-1]))
     joined = scenes.Scenes(*(torch.cat([getattr(part, name) for part in drawn]) for name in scenes.Scenes.__dataclass_fields__))
     return scenes.render(joined, generator), captions, joined

@@ -26,7 +26,7 @@ TARGETS = {"attention": ("to_k", "to_out.0", "to_q", "to_v"), "ff": ("ff.net.0.p
 """Layers of a transformer block by the names that `target_modules` takes: the paper adapts "attention and fully connected layers"."""
 
 ADAPTERS = {"dora": True, "lora": False}  # name -> LoraConfig.use_dora
-WITHOUT_EFFECT = ("arms", "checkpoint_every", "save_dtype")  # of the configuration: what does not change the trained weights
+WITHOUT_EFFECT = ("checkpoint_every", "save_dtype")  # of the configuration: what does not change the trained weights
 
 
 def finetune(

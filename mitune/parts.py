@@ -14,11 +14,11 @@ from mitune.alignment import Block, ShapesJudge, image_features, text_features
 from mitune.corpus import judge_labels
 from mitune.fitting import fit
 from mitune.geometry import IMAGE_SIZE
-from mitune.networks import MAX_LENGTH, build_similarity, build_vae, text_config
+from mitune.networks import MAX_LENGTH, build_similarity, text_config
 
 
-def train_vae(images: torch.Tensor, *, scratch: Path, device: str, steps: int, batch_size: int = 32):
-    vae = build_vae().to(device)
+def train_vae(vae, images: torch.Tensor, *, name: str, scratch: Path, device: str, steps: int, seed: int, batch_size: int = 32):
+    """One cycle of the autoencoder, in place; the scaling factor is 1 over the standard deviation of its latents."""
 
     def loss(generator):
         x = images[torch.randint(len(images), (batch_size,), generator=generator)].to(device)
@@ -28,11 +28,10 @@ def train_vae(images: torch.Tensor, *, scratch: Path, device: str, steps: int, b
         mse = F.mse_loss(y, x)
         return {"loss": F.l1_loss(y, x) + 2 * mse + 1e-6 * posterior.kl().mean(), "mse": mse}
 
-    fit("vae", nn.ModuleDict({"vae": vae}), loss, scratch=scratch, steps=steps, learning_rate=2e-3, ema_decay=0.995)
+    fit(name, nn.ModuleDict({"vae": vae}), loss, scratch=scratch, steps=steps, learning_rate=2e-3, ema_decay=0.995, seed=seed)
     with torch.inference_mode():
         means = torch.cat([vae.encode(part.to(device)).latent_dist.mean for part in images[:2048].split(256)])
     vae.register_to_config(scaling_factor=round(float(1 / means.std()), 5))
-    return vae
 
 
 class _Contrast:

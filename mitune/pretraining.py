@@ -24,13 +24,13 @@ from mitune.config import build, root
 from mitune.config import load as load_params
 from mitune.corpus import CaptionNoise, clean_scenes, web_latents, write_prompts
 from mitune.models import load
-from mitune.networks import build_scheduler, build_tokenizer, build_unet
+from mitune.networks import build_scheduler, build_tokenizer, build_unet, build_vae
 from mitune.parts import encode_texts, train_judge, train_similarity, train_text_encoder, train_unet, train_vae
 from mitune.sampling import noise_generator, sample
 from mitune.stages.base import knows
 
 JUDGE_SHARES = {"color": 0.1, "shape": 0.05, "texture": 0.1, "spatial": 0.1, "non_spatial": 0.35, "complex": 0.25, "single": 0.05}
-"""Of the judge's own scenes: more of those in which one object lies on another, the hardest to read."""
+"""Of the judge's own scenes: more of those in which one object lies on another, the hardest to read; and what is not said is drawn evenly."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Cycle:
 class Pretraining:
     """Sizes of every part (steps are optimizer steps); `shares` are the categories' shares of the captions.
 
-    Judge and denoiser are trained in cycles: each on scenes of its own, from the averaged weights of the one before, with warm-up
-    and linear decay anew.
+    Autoencoder, judge and denoiser are trained in cycles: each from the averaged weights of the one before, with warm-up and linear decay
+    anew; those of judge and denoiser on scenes of their own.
     """
 
     seed: int
@@ -69,7 +69,7 @@ class Pretraining:
     clean_scenes: int  # rendered scenes with true captions: autoencoder, text encoder, judge, similarity model
     web_scenes: int  # rendered scenes with web captions: the denoiser
     unet_width: int
-    vae_steps: int
+    vae_cycles: tuple[int, ...]
     text_steps: int
     judge_cycles: tuple[int, ...]
     similarity_steps: int
@@ -90,7 +90,9 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
     tokenizer = build_tokenizer(folder / "tokenizer")
     images, captions, _ = clean_scenes(config.clean_scenes, config.shares, seed=config.seed)
     torch.manual_seed(config.seed)
-    vae = train_vae(images, steps=config.vae_steps, **options)
+    vae = build_vae().to(config.device)
+    for n, steps in enumerate(config.vae_cycles):
+        train_vae(vae, images, name=f"vae_{n + 1}", steps=steps, seed=config.seed + n, **options)
     torch.manual_seed(config.seed + 1)
     text_encoder = train_text_encoder(images, captions, tokenizer, steps=config.text_steps, **options)
     similarity = train_similarity(images, captions, tokenizer, steps=config.similarity_steps, seed=config.seed + 3, **options)
@@ -99,7 +101,7 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
     torch.manual_seed(config.seed + 2)
     judge = ShapesJudge().to(config.device)
     for n, steps in enumerate(config.judge_cycles):
-        images, _, drawn = clean_scenes(config.clean_scenes, JUDGE_SHARES, seed=config.seed + 2 + 10 * n)
+        images, _, drawn = clean_scenes(config.clean_scenes, JUDGE_SHARES, seed=config.seed + 2 + 10 * n, plain=0.0)
         train_judge(judge, images, drawn, name=f"judge_{n + 1}", steps=steps, seed=config.seed + 2 + n, **options)
     judge.save(folder / "judge")
     del images, captions, drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from mitune.statistics import Interval
 
 
 def tables(params, kind: str) -> pd.DataFrame:
-    """One table over all categories; `kind` is scores, sets, curves or images."""
+    """One table over all categories; `kind` is scores, sets or images, or curve, which every arm has one of."""
     results = Results(params.model)
-    return pd.concat([read_table(getattr(results, kind)(category), kind) for category in params.categories], ignore_index=True)
+    cells = itertools.product(params.categories, params.arms) if kind == "curve" else zip(params.categories)
+    return pd.concat([read_table(getattr(results, kind)(*cell), kind) for cell in cells], ignore_index=True)
 
 
 def terms(params, scores: pd.DataFrame) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ objects meet. Lengths are pixels of a 64 x 64 image, y grows downwards.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,8 @@ RGB = {"red": (0.86, 0.15, 0.15), "green": (0.13, 0.66, 0.24), "blue": (0.16, 0.
 GAP_APART, GAP_CLEAR, GAP_TOUCHING = 8.0, 3.0, 1.0
 OVERLAP = (0.25, 0.65)  # share of the smaller object's area
 CLEAR_ANGLE = math.radians(30)  # a direction holds clearly within 30 degrees of its axis
+PERIOD = 4  # px of stripes and dots: a divisor of the autoencoder's 8, so that a texture looks the same in every latent cell
+PLAIN = 0.9  # probability that a texture that is not said is "solid", a size that is not said "big"
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,12 @@ class Scenes:
         return Scenes(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
 
-def sample_scenes(captions: list[Caption], generator: torch.Generator) -> Scenes:
+def sample_scenes(captions: list[Caption], generator: torch.Generator, *, plain: float = PLAIN) -> Scenes:
     """Scenes of which the captions are true; what a caption does not say is drawn at random, never a held-out pair unless it is said.
 
-    Two objects always differ in shape and colour. Without a relation they stand clearly left, right, above or below one another.
+    A texture or size that is not said is the plain one, "solid" or "big", with probability `plain`, and else any of them. Two objects always differ in shape and colour. Without a relation they stand clearly left, right, above or below one another.
     """
-    rows = [_complete(caption, generator) for caption in captions]
+    rows = [_complete(caption, plain, generator) for caption in captions]
     index = {"shape": SHAPES, "color": COLORS, "texture": TEXTURES, "size": SIZES}
     columns = {
         name: torch.tensor([[-1 if p is None else words.index(getattr(p, name)) for p in phrases] for phrases, _ in rows]) for name, words in index.items()
@@ -56,15 +59,18 @@ def sample_scenes(captions: list[Caption], generator: torch.Generator) -> Scenes
     return Scenes(**columns, radius=radius, centre=centre)
 
 
-def _complete(caption: Caption, generator: torch.Generator) -> tuple[list[Phrase | None], str | None]:
+def _complete(caption: Caption, plain: float, generator: torch.Generator) -> tuple[list[Phrase | None], str | None]:
     """Fill in what the caption leaves open: colours that differ, textures, sizes, and a direction where no relation is said."""
+    def draw(words: tuple[str, ...]) -> str:  # the plain word stands first
+        return words[0] if torch.rand((), generator=generator) < plain else pick(generator, words)
+
     relation = caption.relation or (pick(generator, tuple(DIRECTIONS)) if len(caption.phrases) == 2 else None)
     while True:
         colors = [COLORS[i] for i in torch.randperm(len(COLORS), generator=generator).tolist()]
         phrases = []
         for n, said in enumerate(caption.phrases):
-            size = ("small", "big")[n] if relation == "inside" else pick(generator, SIZES)
-            phrases.append(replace(said, color=said.color or colors[n], texture=said.texture or pick(generator, TEXTURES), size=said.size or size))
+            size = ("small", "big")[n] if relation == "inside" else draw(SIZES)
+            phrases.append(replace(said, color=said.color or colors[n], texture=said.texture or draw(TEXTURES), size=said.size or size))
         allowed = all(is_held_out(said) or not is_held_out(full) for said, full in zip(caption.phrases, phrases, strict=True))
         if allowed and len({p.color for p in phrases}) == len(phrases):
             return phrases + [None] * (2 - len(phrases)), relation
@@ -153,20 +159,27 @@ def render(scenes: Scenes, generator: torch.Generator, *, chunk: int = 256) -> t
 def _render_chunk(scenes: Scenes, ground: torch.Tensor) -> torch.Tensor:
     image = ground.expand(-1, 3, IMAGE_SIZE, IMAGE_SIZE).clone()
     palette = torch.tensor([RGB[color] for color in COLORS])
-    axis = torch.arange(IMAGE_SIZE) + 0.5
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    patterns = _patterns()
     for i in (1, 0):
         here = scenes.shape[:, i] >= 0
         shape, centre = scenes.shape[here, i], scenes.centre[here, i]
         mask = coverage(shape, scenes.radius[here, i], centre)
-        dx, dy = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
-        texture = scenes.texture[here, i][:, None, None]
-        stripes = (0.5 + 3 * torch.sin(dy * (2 * math.pi / 6))).clamp(0, 1)
-        dots = (0.5 + 2.6 - ((dx.add(3) % 6 - 3) ** 2 + (dy.add(3) % 6 - 3) ** 2).sqrt() - 0.9).clamp(0, 1)
+        pattern = patterns[scenes.texture[here, i]][:, None]
         color = palette[scenes.color[here, i]][:, :, None, None]
-        pattern = torch.where(texture == TEXTURES.index("striped"), stripes, torch.where(texture == TEXTURES.index("dotted"), dots, torch.zeros_like(dots)))[
-            :, None
-        ]
         painted = color * (1 - pattern) + 0.25 * color * pattern
         image[here] = image[here] * (1 - mask[:, None]) + painted * mask[:, None]
     return image * 2 - 1
+
+
+@functools.cache
+def _patterns() -> torch.Tensor:
+    """Darkening of each texture, (textures, 64, 64) in [0, 1]: fixed to the image, not to the object."""
+    axis = torch.arange(IMAGE_SIZE) + 0.5
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    from_dot = torch.stack([x, y]).remainder(PERIOD).sub(PERIOD / 2).norm(dim=0)
+    patterns = {
+        "solid": torch.zeros_like(x),
+        "striped": (0.5 + 3 * torch.sin(y * (2 * math.pi / PERIOD))).clamp(0, 1),
+        "dotted": (1.6 - from_dot).clamp(0, 1),
+    }
+    return torch.stack([patterns[texture] for texture in TEXTURES])

@@ -40,10 +40,6 @@ class Interval:
         """The same interval in other units, as `scaled(100)` for percent; `factor` > 0."""
         return Interval(self.mean * factor, self.low * factor, self.high * factor, self.n, self.undefined)
 
-    def excludes(self, value: float) -> bool:
-        """Whether `value` lies outside the interval; False where there is no interval."""
-        return bool(value < self.low or value > self.high)
-
 
 # ---------------------------------------------------------------- bootstrap
 
@@ -77,12 +73,6 @@ def paired_difference(a, b, clusters, seeds=None, *, resamples: int = RESAMPLES,
     if a.shape != b.shape:
         raise ValueError(f"paired values need aligned rows, got {a.shape} and {b.shape}; merge the tables on prompt and image first")
     return mean_interval(a - b, clusters, seeds, resamples=resamples, level=level, seed=seed)
-
-
-def seed_means(values, seeds) -> dict:
-    """Mean of `values` (N,) for each seed: the spread to show beside an interval when seeds are few."""
-    values, seeds = _aligned(values, seeds)
-    return {name: float(values[seeds == name].mean()) for name in np.unique(seeds).tolist()}
 
 
 # ---------------------------------------------------------------- within a prompt

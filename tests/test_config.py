@@ -69,7 +69,7 @@ def test_the_toy_overlay_is_valid(values):
         ("reports", "reports/shapes", "reports is 'reports/shapes'"),
         ("finetune.timesteps.low", 1000, "low must be below high"),
         ("finetune.learning_rate", "2e-4x", "finetune.learning_rate is '2e-4x': it must be a number"),
-        ("finetune.arms", ["chance"], "'chance'"),
+        ("arms", ["chance"], "arms has 'chance'"),
         ("finetune.betas", [0.9, 1.5], "finetune.betas[1] is 1.5"),
         ("estimators.path.latents", "renoised", "estimators.path.latents"),
         ("estimators.path.kappa", "paper", "estimators.path.kappa"),

@@ -75,5 +75,5 @@ def test_the_default_profile_asks_for_no_more_prompts_than_are_shipped():
 
 def test_an_evaluation_takes_all_prompts_where_there_are_fewer_than_asked_for(params):
     few = dataclasses.replace(params.evaluate, n_prompts=48, images=1, num_inference_steps=2, guidance_scales=(1.0,), shard_prompts=24)
-    table = evaluate.build(config.Declared(vars(params) | {"evaluate": few, "finetune": dataclasses.replace(params.finetune, arms=())}), "non_spatial")
+    table = evaluate.build(config.Declared(vars(params) | {"evaluate": few, "arms": ()}), "non_spatial")
     assert len(table) == 47  # of non_spatial_test.txt

@@ -14,6 +14,10 @@ from mitune.statistics import Interval
 FEW = {"resamples": 500}
 
 
+def covers(interval: statistics.Interval, value: float) -> bool:
+    return interval.low <= value <= interval.high
+
+
 def test_mean_is_of_rows_and_n_is_of_clusters():
     interval = statistics.mean_interval([0.0, 1.0, 1.0, 1.0], ["a", "a", "b", "b"], **FEW)
     assert interval.mean == 0.75
@@ -35,8 +39,8 @@ def test_interval_covers_the_truth_where_rows_resemble_within_a_cluster():
     for _ in range(200):
         clusters = np.repeat(np.arange(30), 6)
         values = rng.normal(0, 1, 30)[clusters] + rng.normal(0, 0.5, 180)
-        hits += not statistics.mean_interval(values, clusters, **FEW).excludes(0)
-        naive += not statistics.mean_interval(values, np.arange(180), **FEW).excludes(0)
+        hits += covers(statistics.mean_interval(values, clusters, **FEW), 0)
+        naive += covers(statistics.mean_interval(values, np.arange(180), **FEW), 0)
     assert 0.87 <= hits / 200 <= 0.99
     assert naive / 200 < 0.75  # resampling images would claim far too much
 
@@ -46,7 +50,6 @@ def test_seeds_crossed_with_prompts_widen_the_interval():
     values = np.array([-1.0, 0.0, 1.0])[seeds] + 0.01 * np.random.default_rng(2).normal(size=60)
     one, both = statistics.mean_interval(values, prompts, **FEW), statistics.mean_interval(values, prompts, seeds, **FEW)
     assert both.high - both.low > 20 * (one.high - one.low)
-    assert statistics.seed_means(values, seeds)[2] == pytest.approx(1.0, abs=0.02)
 
 
 def test_crossed_bootstrap_agrees_with_a_plain_loop():
@@ -71,8 +74,7 @@ def test_paired_difference_removes_what_the_rows_share():
     prompts, shared = np.repeat(np.arange(40), 5), rng.normal(0, 10, 200)
     interval = statistics.paired_difference(shared + 1, shared, prompts, **FEW)
     np.testing.assert_allclose([interval.mean, interval.low, interval.high], 1)
-    assert interval.excludes(0)
-    assert not statistics.mean_interval(shared + 1, prompts, **FEW).excludes(0)
+    assert covers(statistics.mean_interval(shared + 1, prompts, **FEW), 0)
     with pytest.raises(ValueError, match="aligned rows"):
         statistics.paired_difference([1.0, 2.0], [1.0], [0, 0])
 
@@ -80,8 +82,7 @@ def test_paired_difference_removes_what_the_rows_share():
 def test_one_cluster_has_no_interval():
     interval = statistics.mean_interval([1.0, 2.0], [0, 0])
     assert interval.mean == 1.5
-    assert np.isnan(interval.low)
-    assert not interval.excludes(100)
+    assert np.isnan([interval.low, interval.high]).all()
 
 
 @pytest.mark.parametrize(

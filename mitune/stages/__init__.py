@@ -17,6 +17,11 @@ def open_model(params, *, adapter: Path | None = None) -> models.LatentDiffusion
     return models.load(path(params.models[params.model].pipeline), device=params.device, dtype=params.dtype, adapter=adapter)
 
 
-def read_prompts(params, category: str, split: str, n: int) -> list[prompts.Prompt]:
-    """The first n prompts of a split (all, if it has fewer); none where the benchmark has no such split and n is 0."""
-    return prompts.load(path(params.models[params.model].prompts), category, split, n) if n else []
+def read_prompts(params, category: str, split: str, n: int | None = None) -> list[prompts.Prompt]:
+    """The first n prompts of a split, all by default. Raises ValueError where it has fewer."""
+    return prompts.load(path(params.models[params.model].prompts), category, split, n)
+
+
+def has_split(params, category: str, split: str) -> bool:
+    """Whether the benchmark has prompts of this split: compositional prompts, for one, are not everywhere."""
+    return (Path(path(params.models[params.model].prompts)) / f"{category}_{split}.txt").is_file()

@@ -6,11 +6,11 @@ import pandas as pd
 import torch
 
 from mitune import captions as grammar
-from mitune import prompts, scenes
+from mitune import scenes
 from mitune.artifacts import Results, progress, write_json, write_table
 from mitune.corpus import clean_scenes, judge_labels
 from mitune.information import estimate, renoised_terms, renoised_timesteps
-from mitune.stages import open_model, path
+from mitune.stages import open_model, read_prompts
 from mitune.stages.judging import open_judges
 
 
@@ -20,7 +20,7 @@ def build(params) -> tuple[pd.DataFrame, dict]:
     cases = []
     with progress(len(params.categories), "knows", unit="category") as bar:
         for category in params.categories:
-            texts = [item.text for item in prompts.load(path(params.models[params.model].prompts), category, "test")]
+            texts = [item.text for item in read_prompts(params, category, "test")]
             cases.append(knows(model, category, texts, params.base, seed=params.seed))
             bar.update(1)
     table = pd.concat(cases, ignore_index=True)
@@ -59,7 +59,7 @@ def checks(model, judge, similarity, config, *, seed: int) -> dict[str, dict[str
 
     PSNR = 10 log10(4 / MSE) for images in [-1, 1], the mean over images.
     """
-    images, captions, drawn = clean_scenes(config.scenes, dict.fromkeys((*grammar.CATEGORIES, "single"), 1.0), seed=seed + 1_000_003)
+    images, captions, drawn = clean_scenes(config.scenes, dict.fromkeys((*grammar.CATEGORIES, "single"), 1.0), seed=seed + 1_000_003, plain=0.0)
     decoded = model.decode(model.encode_images(images[: config.decoded_scenes]))
     mse = (decoded - images[: config.decoded_scenes]).square().mean((1, 2, 3))
     generator = torch.Generator().manual_seed(seed)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from mitune import prompts
 from mitune.artifacts import Results, progress, scratch, shards, write_table, write_tensors
 from mitune.sampling import noise_generator, sample
-from mitune.stages import open_model, path
+from mitune.stages import has_split, open_model, path, read_prompts
 from mitune.stages.judging import open_judges, scene
 
 
 def build(params, category: str) -> pd.DataFrame:
     """Write `evaluation/{category}/images.parquet`, a row an image, and `grids.safetensors`, the first images of the first prompts (uint8)."""
     results, config, judges = Results(params.model), params.evaluate, open_judges(params)
-    benchmark = path(params.models[params.model].prompts)
-    asked = {"test": config.n_prompts, "comp": config.comp_prompts if (benchmark / f"{category}_comp.txt").exists() else 0}
-    splits = {split: prompts.load(benchmark, category, split)[:n] for split, n in asked.items() if n}
-    arms = ("base", *params.finetune.arms)
+    asked = {"test": config.n_prompts, "comp": config.comp_prompts if has_split(params, category, "comp") else 0}
+    splits = {split: read_prompts(params, category, split)[:n] for split, n in asked.items() if n}
+    arms = ("base", *params.arms)
     total = len(arms) * len(config.guidance_scales) * sum(map(len, splits.values()))
     frames, grids = [], {}
     key = (config, params.seed, params.dtype, path(params.models[params.model].pipeline), *(results.adapter(category, arm) for arm in arms[1:]))
