@@ -20,13 +20,14 @@ from mitune import captions as grammar
 from mitune import prompts
 from mitune.alignment import ShapesJudge
 from mitune.artifacts import write_table
-from mitune.config import build, root
 from mitune.config import load as load_params
+from mitune.config import root
 from mitune.corpus import CaptionNoise, clean_scenes, web_latents, write_prompts
 from mitune.models import load
 from mitune.networks import build_scheduler, build_tokenizer, build_unet, build_vae
 from mitune.parts import encode_texts, train_judge, train_similarity, train_text_encoder, train_unet, train_vae
 from mitune.sampling import noise_generator, sample
+from mitune.schema import build
 from mitune.stages.base import knows
 
 JUDGE_SHARES = {"color": 0.1, "shape": 0.05, "texture": 0.1, "spatial": 0.1, "non_spatial": 0.35, "complex": 0.25, "single": 0.05}

@@ -26,6 +26,9 @@ from papermill.exceptions import PapermillExecutionError
 
 from mitune import config
 
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_TOP_PAD_": "268435456"}
+"""For glibc: the kernel keeps the memory of a freed activation for the next one, instead of handing it back to the system after every layer."""
+
 
 def parameters(keys: list[str], settings: list[str]) -> dict[str, Any]:
     """What is injected: `parameters`, the declared part of the checked `params.yaml`, and one name for each `name=value`.
@@ -131,6 +134,8 @@ def _environment(root: Path) -> Iterator[None]:
     os.environ["MITUNE_ROOT"] = str(root)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), before.get("PYTHONPATH")]))
     os.environ.setdefault("PYTHONHASHSEED", "0")
+    for name, value in ALLOCATOR.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm asks for widgets, and bars go to the terminal
     try:
         yield

@@ -48,7 +48,8 @@ class Scenes:
 def sample_scenes(captions: list[Caption], generator: torch.Generator, *, plain: float = PLAIN) -> Scenes:
     """Scenes of which the captions are true; what a caption does not say is drawn at random, never a held-out pair unless it is said.
 
-    A texture or size that is not said is the plain one, "solid" or "big", with probability `plain`, and else any of them. Two objects always differ in shape and colour. Without a relation they stand clearly left, right, above or below one another.
+    A texture or size that is not said is the plain one, "solid" or "big", with probability `plain`, and else any of them. Two objects
+    always differ in shape and colour. Without a relation they stand clearly left, right, above or below one another.
     """
     rows = [_complete(caption, plain, generator) for caption in captions]
     index = {"shape": SHAPES, "color": COLORS, "texture": TEXTURES, "size": SIZES}
@@ -61,6 +62,7 @@ def sample_scenes(captions: list[Caption], generator: torch.Generator, *, plain:
 
 def _complete(caption: Caption, plain: float, generator: torch.Generator) -> tuple[list[Phrase | None], str | None]:
     """Fill in what the caption leaves open: colours that differ, textures, sizes, and a direction where no relation is said."""
+
     def draw(words: tuple[str, ...]) -> str:  # the plain word stands first
         return words[0] if torch.rand((), generator=generator) < plain else pick(generator, words)
 

@@ -10,8 +10,8 @@ from mitune import config
 
 PACKAGE = config.root() / "mitune"
 FLOORS = {
-    0: {"config", "prompts", "statistics", "plots", "captions", "reported"},
-    1: {"geometry", "scenes", "mixture", "models"},
+    0: {"schema", "prompts", "statistics", "plots", "captions", "reported"},
+    1: {"config", "geometry", "scenes", "mixture", "models"},
     2: {"information", "sampling", "selection", "finetuning", "alignment", "worlds"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -29,6 +29,12 @@ def project(tmp_path_factory):
     return folder
 
 
+def is_of(name, category):
+    """Whether a stage belongs to one category's chain (`pool@color`, `finetune@color-random`), or to none."""
+    _, at, cell = name.partition("@")
+    return not at or cell == category or cell.startswith(f"{category}-")
+
+
 @pytest.fixture(scope="module")
 def lock(project):
     """The first run's lock, its hashes of every output."""
@@ -57,7 +63,7 @@ def test_reports_are_there(project, lock):
 def test_a_forced_run_gives_equal_bytes(project, lock):
     """Of the base, of one category's chain, and of what reads them."""
     category = config.load(project / "params.yaml").categories[0]
-    forced = [name for name in lock if "@" not in name or name.endswith(f"@{category}")]
+    forced = [name for name in lock if is_of(name, category)]
     dvc(project, "repro", "--force", "--single-item", *forced)
     again = config.read_yaml(project / "dvc.lock")["stages"]
     different = [f"{name}: {out['path']}" for name in forced for out, old in zip(again[name]["outs"], lock[name]["outs"], strict=True) if out != old]
@@ -70,7 +76,7 @@ def test_every_notebook_passes_nbval(project, lock):
     prepared = project / "notebooks" / "prepared"
     files = []
     for name, stage in lock.items():
-        if "@" in name and not name.endswith(f"@{category}"):
+        if not is_of(name, category):
             continue
         words = shlex.split(stage["cmd"])
         at = words.index("--to") + 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mitune import artifacts, captions, config, fitting, models, networks, pretraining
+from mitune import artifacts, captions, config, fitting, models, networks, pretraining, schema
 
 SHIPPED = config.root() / "data" / "shapes"
 
@@ -70,17 +70,17 @@ def test_the_shipped_autoencoder_keeps_images():
 
 def test_the_whole_pretraining_at_toy_size_resumes_and_ships_a_model(tmp_path):
     values, even = config.load().pretrain, dict.fromkeys((*captions.CATEGORIES, "single"), 1 / 7)
-    sizes = {"clean_scenes": 24, "web_scenes": 24, "unet_width": 32, "vae_steps": 1, "text_steps": 1, "similarity_steps": 1, "snapshots": 1}
+    sizes = {"clean_scenes": 24, "web_scenes": 24, "unet_width": 32, "text_steps": 1, "similarity_steps": 1, "snapshots": 1}
     probe = {"cases": 2, "timesteps": 2, "t_min": 100, "guidance_scale": 1.0, "num_inference_steps": 2, "batch_size": 4}
-    cycles = {"judge_cycles": [1, 1], "unet_cycles": [{"steps": 1, "shares": even}, {"steps": 2, "shares": even}]}
-    toy = config.build(pretraining.Pretraining, values | sizes | cycles | {"shares": even, "probe": probe}, "pretrain")
+    cycles = {"vae_cycles": [1, 1], "judge_cycles": [1, 1], "unet_cycles": [{"steps": 1, "shares": even}, {"steps": 2, "shares": even}]}
+    toy = schema.build(pretraining.Pretraining, values | sizes | cycles | {"shares": even, "probe": probe}, "pretrain")
     folder, again, scratch = tmp_path / "model", tmp_path / "again", tmp_path / "scratch"
     pretraining.pretrain(toy, folder=folder, scratch=scratch)
     curve = artifacts.read_table(folder / "snapshots.parquet", "snapshots")
     assert sorted(set(curve["step"])) == [1, 3]  # a snapshot a cycle, counted from the first one's start
     assert len(curve) == 2 * len(captions.CATEGORIES) * 2
     lines = (scratch / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["part"] for line in lines] == ["vae", "text_encoder", "similarity", "judge_1", "judge_2", "unet_1", "unet_2"]
+    assert [json.loads(line)["part"] for line in lines] == ["vae_1", "vae_2", "text_encoder", "similarity", "judge_1", "judge_2", "unet_1", "unet_2"]
     pretraining.pretrain(toy, folder=again, scratch=scratch)
     assert (scratch / "log.jsonl").read_text().splitlines() == lines  # finished parts are not trained again
     for file in ("pipeline/unet/diffusion_pytorch_model.safetensors", "judge/model.safetensors"):
@@ -89,4 +89,4 @@ def test_the_whole_pretraining_at_toy_size_resumes_and_ships_a_model(tmp_path):
 
 def test_an_unknown_entry_of_pretrain_is_named():
     with pytest.raises(ValueError, match=r"unknown key pretrain\.unet_steps"):
-        config.build(pretraining.Pretraining, config.load().pretrain | {"unet_steps": 3}, "pretrain")
+        schema.build(pretraining.Pretraining, config.load().pretrain | {"unet_steps": 3}, "pretrain")

@@ -80,3 +80,19 @@ def test_solid_areas_are_those_of_the_shapes():
 def test_images_are_seeded_and_in_range():
     images = [scenes.render(draw("a red circle and a blue star"), torch.Generator().manual_seed(1)) for _ in range(2)]
     assert torch.equal(*images) and images[0].shape == (12, 3, 64, 64) and images[0].abs().max() <= 1
+
+
+@pytest.mark.parametrize(("plain", "share"), [(0.9, 0.9 + 0.1 / 3), (0.0, 1 / 3)])
+def test_what_is_not_said_is_plain_at_the_set_rate(plain, share):
+    drawn = scenes.sample_scenes([captions.parse("a red circle and a blue star")] * 600, torch.Generator().manual_seed(1), plain=plain)
+    assert (drawn.texture == captions.TEXTURES.index("solid")).float().mean() == pytest.approx(share, abs=0.04)
+
+
+def test_a_texture_looks_the_same_in_every_latent_cell():
+    """Its own darkening of a large plain square, read from pixels, repeats every 8 px wherever the square stands."""
+    drawn = draw("a big yellow dotted circle", n=2)
+    drawn.radius[:] = 60.0
+    images = scenes.render(drawn, torch.Generator().manual_seed(0))[..., 16:48, 16:48]
+    assert images.std() > 0.1
+    torch.testing.assert_close(images[..., 8:, 8:], images[..., :-8, :-8])
+    torch.testing.assert_close(images[0], images[1])
