@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from mitune import config
-from mitune.artifacts import Results, read_table, read_tensors, write_metrics
+from mitune.artifacts import Results, read_table, read_tensors, write_json, write_metrics
 from mitune.models import load
 from mitune.statistics import Interval
 
@@ -72,9 +72,14 @@ def ledger(findings: dict[str, Finding]) -> pd.DataFrame:
 
 
 def report(findings: dict[str, Finding], path: Path, **numbers) -> None:
-    """Write an article's metrics: `claims`, each with value, low, high, n and reproduced (1 or 0), and further numbers."""
+    """Write an article's metrics: `claims`, each with value, low, high, n and reproduced (1 or 0), and further numbers.
+
+    What the claims say, and by which rule, goes beside them: `../claims/` has a file of the same name.
+    """
     claims = {name: entry(f.ours) | {"reproduced": int(f.holds)} for name, f in findings.items()}
     write_metrics({"claims": claims} | numbers, path)
+    words = [{"name": name, "claim": f.claim, "paper": f.reported, "ours": f.shown, "rule": f.rule, "verdict": f.verdict} for name, f in findings.items()]
+    write_json(words, path.parents[1] / "claims" / path.name)
 
 
 def entry(interval: Interval) -> dict[str, float]:
