@@ -44,6 +44,15 @@ class Interval:
         """Whether `value` lies outside the interval; False where there is no interval."""
         return bool(value < self.low or value > self.high)
 
+    def equivalent(self, value: float, *, within: float, beyond: float) -> bool | None:
+        """Whether the mean is `value`: True if the whole interval lies at most `within` from it, else False if all of it lies more than `beyond` away.
+
+        None, undecided, otherwise; so a wide interval is never taken for agreement.
+        """
+        if value - within <= self.low and self.high <= value + within:
+            return True
+        return False if self.high < value - beyond or self.low > value + beyond else None
+
 
 # ---------------------------------------------------------------- bootstrap
 
