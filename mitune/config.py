@@ -129,6 +129,13 @@ class World:
 
 
 @dataclass(frozen=True)
+class FlowTimes:
+    times: Several
+    low: Annotated[float, Range(0.0, 1.0)]
+    high: Annotated[float, Range(0.0, 1.0)]
+
+
+@dataclass(frozen=True)
 class ExactWorlds:
     world: World
     dimensions: tuple[Count, ...]
@@ -142,6 +149,7 @@ class ExactWorlds:
     images: Several
     timesteps: Several
     timestep_grid: tuple[Several, ...]
+    flow: FlowTimes
     noises: Count
     num_inference_steps: Steps
     step_grid: tuple[Steps, ...]
@@ -299,11 +307,13 @@ def _check_estimators(given: Mapping[str, Any]) -> None:
 
 
 def _check_sizes(given: Mapping[str, Any]) -> None:
-    pool, chosen, finetune = given.get("pool"), given.get("set"), given.get("finetune")
+    pool, chosen, finetune, exact_worlds = (given.get(name) for name in ("pool", "set", "finetune", "exact_worlds"))
     if pool and (unknown := sorted(set(pool.n_prompts) - {"train", "val", "test"})):
         raise ValueError(f"unknown key pool.n_prompts.{unknown[0]}: the splits are train, val, test")
     if pool and chosen and chosen.k > pool.M:
         raise ValueError(f"set.k is {chosen.k} and pool.M is {pool.M}: no more images can be selected than were made; lower set.k or raise pool.M")
+    if exact_worlds and exact_worlds.flow.low >= exact_worlds.flow.high:
+        raise ValueError(f"exact_worlds.flow is {exact_worlds.flow.low} to {exact_worlds.flow.high}: low must be below high")
     if finetune:
         if finetune.timesteps.low >= finetune.timesteps.high:
             raise ValueError(f"finetune.timesteps is {finetune.timesteps.low} to {finetune.timesteps.high}: low must be below high")

@@ -5,6 +5,8 @@ Component k is what prompt k asks for. Captions are wrong at a set rate, so q(z|
     q_t(z|p) = sum_k pi(k|p) N(z; sqrt(abar_t) mu_k, v_t I),  v_t = abar_t std^2 + 1 - abar_t,
     eps(z, p, t) = -sqrt(1 - abar_t) grad log q_t(z|p) = sqrt(1 - abar_t) (z - sqrt(abar_t) E[mu_k | z, p]) / v_t.
 
+As a rectified flow the same mixture has 1 - t for sqrt(abar_t), t for sqrt(1 - abar_t), and E[noise - z_0 | z, p] for eps.
+
 pi(k|p) = 1 - e for k = p and e / (K - 1) otherwise; prompts are uniform, and so is the marginal of the components.
 """
 
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mitune.models import Conditioning, signal_and_noise
+from mitune.models import Conditioning, flow_signal_and_noise, signal_and_noise
 
 
 def stable_diffusion_schedule(num_train_timesteps: int = 1000) -> torch.Tensor:
@@ -27,7 +29,7 @@ def stable_diffusion_schedule(num_train_timesteps: int = 1000) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class MixtureWorld:
-    """A world of K prompts, numbered from 0, that is its own perfect `Denoiser`.
+    """A world of K prompts, numbered from 0, that is its own perfect `Denoiser`, and its own perfect `Flow`.
 
     Raises:
         ValueError: fewer than two components, or a caption error outside 0..1.
@@ -66,8 +68,13 @@ class MixtureWorld:
     def eps(self, latents: torch.Tensor, timesteps: int | torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The best prediction of the noise, (B, C, H, W)."""
         signal, sigma = signal_and_noise(self.alphas_cumprod, timesteps, latents)
-        expected = torch.einsum("nk,kchw->nchw", self._joint(latents, signal, sigma, conditioning).softmax(-1), self.means)
-        return sigma * (latents - signal * expected) / (signal**2 * self.std**2 + sigma**2)
+        return sigma * (latents - signal * self._expected(latents, signal, sigma, conditioning)) / (signal**2 * self.std**2 + sigma**2)
+
+    def velocity(self, latents: torch.Tensor, times: float | torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The best prediction of noise - z_0, (B, C, H, W): (t - (1 - t) std^2) (z - (1 - t) E[mu_k | z, p]) / v_t - E[mu_k | z, p]."""
+        signal, sigma = flow_signal_and_noise(times, latents)
+        expected = self._expected(latents, signal, sigma, conditioning)
+        return (sigma - signal * self.std**2) * (latents - signal * expected) / (signal**2 * self.std**2 + sigma**2) - expected
 
     def captioned(self, prompts: Sequence[int], generator: torch.Generator) -> torch.Tensor:
         """Components (N,) ~ pi(k|p): what the images of these prompts show, the prompt's own or, by a wrong caption, another."""
@@ -83,27 +90,33 @@ class MixtureWorld:
 
     def posterior(self, latents: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Probability of each component given z_0, (N, K)."""
-        return self._joint(latents, torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), conditioning).softmax(-1)
+        return self._joint(latents, *flow_signal_and_noise(0.0, latents), conditioning).softmax(-1)
 
-    def log_ratio(self, latents: torch.Tensor, prompts: Sequence[int], timestep: int | None = None) -> torch.Tensor:
-        """log q_t(z|p) / q_t(z), (N,) nats: the point-wise MI of z_t, or of z_0 if `timestep` is None."""
-        signal, sigma = (torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)) if timestep is None else signal_and_noise(self.alphas_cumprod, timestep, latents)
+    def log_ratio(self, latents: torch.Tensor, prompts: Sequence[int], timestep: int | None = None, *, time: float = 0.0) -> torch.Tensor:
+        """log q_t(z|p) / q_t(z), (N,) nats: the point-wise MI of z_t at a diffusion `timestep`, or else at the `time` of a flow (0: of z_0)."""
+        signal, sigma = self._signal_and_noise(latents, timestep, time)
         cond, null = (self._joint(latents, signal, sigma, weights).logsumexp(-1) for weights in (self.encode(prompts), self.null))
         return cond - null
 
-    def information(self, *, n: int, generator: torch.Generator, timestep: int | None = None) -> tuple[float, float]:
-        """MI between prompt and z_0 (or z_t) in nats, the mean over p of KL(q_t(z|p) || q_t(z)), and its standard error.
+    def information(self, *, n: int, generator: torch.Generator, timestep: int | None = None, time: float = 0.0) -> tuple[float, float]:
+        """MI between prompt and z_t in nats, the mean over p of KL(q_t(z|p) || q_t(z)), and its standard error; t as in `log_ratio`.
 
         E over z ~ q_t(z) of sum_p q(p|z) log q_t(z|p) / q_t(z), by `n` samples; the sum over prompts is exact.
         """
         k = len(self.means)
         z = self.draw(torch.randint(k, (n,), generator=generator), generator)
-        if timestep is not None:
-            signal, sigma = signal_and_noise(self.alphas_cumprod, timestep, z)
-            z = signal * z + sigma * torch.randn(z.shape, generator=generator)
-        ratio = torch.stack([self.log_ratio(z, [prompt] * n, timestep) for prompt in range(k)], -1).double()
+        signal, sigma = self._signal_and_noise(z, timestep, time)
+        z = signal * z + sigma * torch.randn(z.shape, generator=generator)
+        ratio = torch.stack([self.log_ratio(z, [prompt] * n, timestep, time=time) for prompt in range(k)], -1).double()
         values = (ratio.exp() * ratio).mean(-1)
         return float(values.mean()), float(values.std() / math.sqrt(n))
+
+    def _signal_and_noise(self, latents: torch.Tensor, timestep: int | None, time: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return flow_signal_and_noise(time, latents) if timestep is None else signal_and_noise(self.alphas_cumprod, timestep, latents)
+
+    def _expected(self, latents, signal, sigma, conditioning: Conditioning) -> torch.Tensor:
+        """E[mu_k | z, p], (N, C, H, W)."""
+        return torch.einsum("nk,kchw->nchw", self._joint(latents, signal, sigma, conditioning).softmax(-1), self.means)
 
     def _joint(self, latents, signal, sigma, conditioning: Conditioning) -> torch.Tensor:
         """log pi(k|p) N(z; signal mu_k, v I) up to a constant of the latents alone, (N, K)."""

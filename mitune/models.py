@@ -1,7 +1,7 @@
 """One denoiser interface: what the method sees of a latent diffusion model, and the loader that puts a diffusers pipeline behind it.
 
 Forward process: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, abar = `alphas_cumprod`; timesteps are diffusers' indices 0..T-1
-(index i is the paper's t = i + 1).
+(index i is the paper's t = i + 1). A rectified flow's is z_t = (1 - t) z_0 + t noise, with times t from 0 to 1.
 """
 
 from __future__ import annotations
@@ -58,10 +58,26 @@ class Denoiser(Protocol):
         """The predicted noise (B, C, H, W), float32, of z_t (B, C, H, W) at one timestep or at one each (B,)."""
 
 
+class Flow(Protocol):
+    """What estimators are handed of a rectified flow."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def velocity(self, latents: torch.Tensor, times: float | torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The predicted noise - z_0 (B, C, H, W), float32, of z_t (B, C, H, W) at one time or at one each (B,); eps = z_t + (1 - t) velocity."""
+
+
 def signal_and_noise(alphas_cumprod: torch.Tensor, timesteps: int | torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """sqrt(abar_t) and sqrt(1 - abar_t), broadcastable against `latents` (B, C, H, W) and on its device."""
     abar = alphas_cumprod[torch.as_tensor(timesteps, device=alphas_cumprod.device)].to(latents.device).reshape(-1, 1, 1, 1)
     return abar.sqrt(), (1 - abar).sqrt()
+
+
+def flow_signal_and_noise(times: float | torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 - t and t of a rectified flow (Liu et al. 2023), broadcastable against `latents` (B, C, H, W) and on its device."""
+    t = torch.as_tensor(times).to(latents).reshape(-1, 1, 1, 1)
+    return 1 - t, t
 
 
 class LatentDiffusion:

@@ -45,12 +45,12 @@ def pictures(params, category: str, split: str, rows: list[int]):
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim, the paper's number, ours with its interval, and whether the rule that was written beside it holds."""
+    """A claim, the paper's number, ours with its interval, and whether the rule that was written beside it holds; None if that is undecided."""
 
     claim: str
     reported: str
     ours: Interval
-    holds: bool
+    holds: bool | None
     rule: str
     unit: str = ""
     digits: int = 2
@@ -62,6 +62,8 @@ class Finding:
 
     @property
     def verdict(self) -> str:
+        if self.holds is None:
+            return "undecided"
         return "reproduced" if self.holds else "not reproduced"
 
 
@@ -72,11 +74,11 @@ def ledger(findings: dict[str, Finding]) -> pd.DataFrame:
 
 
 def report(findings: dict[str, Finding], path: Path, **numbers) -> None:
-    """Write an article's metrics: `claims`, each with value, low, high, n and reproduced (1 or 0), and further numbers.
+    """Write an article's metrics: `claims`, each with value, low, high, n, reproduced and undecided (1 or 0), and further numbers.
 
     What the claims say, and by which rule, goes beside them: `../claims/` has a file of the same name.
     """
-    claims = {name: entry(f.ours) | {"reproduced": int(f.holds)} for name, f in findings.items()}
+    claims = {name: entry(f.ours) | {"reproduced": int(bool(f.holds)), "undecided": int(f.holds is None)} for name, f in findings.items()}
     write_metrics({"claims": claims} | numbers, path)
     words = [{"name": name, "claim": f.claim, "paper": f.reported, "ours": f.shown, "rule": f.rule, "verdict": f.verdict} for name, f in findings.items()]
     write_json(words, path.parents[1] / "claims" / path.name)

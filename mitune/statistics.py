@@ -40,6 +40,12 @@ class Interval:
         """The same interval in other units, as `scaled(100)` for percent; `factor` > 0."""
         return Interval(self.mean * factor, self.low * factor, self.high * factor, self.n, self.undefined)
 
+    def equivalent(self, value: float, tolerance: float) -> bool | None:
+        """Whether the mean is `value` within `tolerance`: True if the whole interval is, False if none of it is, None (undecided) otherwise."""
+        if value - tolerance <= self.low and self.high <= value + tolerance:
+            return True
+        return False if self.high < value - tolerance or self.low > value + tolerance else None
+
 
 # ---------------------------------------------------------------- bootstrap
 

@@ -8,6 +8,7 @@
 | `path_drift` | the path without its noise of mean zero: (2w - 1) sum_i gain_i^2 / (2 sigma_i^2) (eps_c - eps_u)^2, w the guidance scale |
 | `start` | MI of z_0 in that world |
 | `standard_t300`, `path_t300` | t > 300 only |
+| `flow_orthogonal`, `flow_standard`, `flow_inner_product` | at re-noised copies by a rectified flow of the same mixture |
 
 Two components at distance |Delta mu| hold D = abar |Delta mu|^2 / v of evidence about an image, v the variance of a component of z_t. The logit l of "shows
 what was asked" grows with D as a Brownian motion of drift +-1/2: given the finished image, as a bridge from 0 to its last value.
@@ -24,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mitune.information import estimate, kappa, renoised_terms, renoised_timesteps
+from mitune.information import estimate, flow_estimate, flow_terms, flow_times, kappa, renoised_terms, renoised_timesteps
 from mitune.mixture import MixtureWorld, stable_diffusion_schedule
 from mitune.sampling import Sampler, noise_generator, sample
 
@@ -44,10 +45,18 @@ def random_world(*, dimensions: int, modes: int, caption_error: float, separatio
 
 def drawn(world: MixtureWorld, *, images: int, timesteps: int, noises: int = 1, seed: int = 0) -> pd.DataFrame:
     """Exact samples of all prompts in turn; an image is aligned if it was drawn from the component that its prompt asks for."""
-    prompts, generator = [i % len(world.means) for i in range(images)], noise_generator(seed, "drawn", 0)
-    components = world.captioned(prompts, generator)
-    latents = world.around(components, generator)
+    prompts, latents, components = _drawn(world, images, seed)
     return _table(world, prompts, latents, components, renoised(world, prompts, latents, timesteps=timesteps, noises=noises, seed=seed))
+
+
+def flowed(world: MixtureWorld, *, images: int, times: int, low: float, high: float, seed: int = 0) -> pd.DataFrame:
+    """The images of `drawn`, with each form of a rectified flow at evenly spaced times of low..high."""
+    prompts, latents, components = _drawn(world, images, seed)
+    at = flow_times(times, low, high)
+    noise = torch.randn((images, times, *world.latent_shape), generator=noise_generator(seed, "flowed", 0))
+    terms = flow_terms(world, latents, world.encode(prompts), world.null, times=at, noise=noise, batch_size=16_384)
+    values = {f"flow_{form}": flow_estimate(terms[form], at, low=low, high=high).value for form in terms}
+    return _table(world, prompts, latents, components, values)
 
 
 def sampled(world: MixtureWorld, *, images: int, guidance_scale: float, num_inference_steps: int, timesteps: int, seed: int = 0) -> pd.DataFrame:
@@ -74,13 +83,22 @@ def renoised(
     return {name: estimate(terms[form], at, world.alphas_cumprod, form=form, t_min=t_min).value for name, (form, t_min) in RENOISED.items()}
 
 
-def over_worlds(make: Callable[..., MixtureWorld], measure: Callable[..., pd.DataFrame], *, worlds: int, n: int = 20_000) -> pd.DataFrame:
-    """The tables of `measure(world, seed=s)` for the worlds `make(seed=s)`, s from 0; `start` and `exact` by `n` samples of each world."""
+def over_worlds(
+    make: Callable[..., MixtureWorld], measure: Callable[..., pd.DataFrame], *, worlds: int, n: int = 20_000, times: tuple[float, float] | None = None
+) -> pd.DataFrame:  # fmt: skip
+    """The tables of `measure(world, seed=s)` for the worlds `make(seed=s)`, s from 0; `start` and `exact` by `n` samples of each world.
+
+    `exact` is the MI of z_0 less that of z_T; with `times` (low, high) of a flow, that of z_low less that of z_high.
+    """
     parts = []
     for seed in range(worlds):
         world = make(seed=seed)
-        start, end = (world.information(n=n, generator=noise_generator(seed, "exact", 0), timestep=t)[0] for t in (None, len(world.alphas_cumprod) - 1))
-        parts.append(measure(world, seed=seed).assign(world=seed, start=start, exact=start - end))
+        start = _information(world, n, seed)
+        if times is None:
+            exact = start - _information(world, n, seed, timestep=len(world.alphas_cumprod) - 1)
+        else:
+            exact = _information(world, n, seed, time=times[0]) - _information(world, n, seed, time=times[1])
+        parts.append(measure(world, seed=seed).assign(world=seed, start=start, exact=exact))
     table = pd.concat(parts, ignore_index=True)
     return table.assign(unit=table["world"].astype(str) + ":" + table["prompt"].astype(str))
 
@@ -101,6 +119,18 @@ def shares(world: MixtureWorld, edges: Sequence[int], *, images: int, timesteps:
     ranges = [f"{low} <= t < {high}" for low, high in pairwise(edges)]
     held = {name: [float(value[(t >= low) & (t < high)].sum() / value.sum()) for low, high in pairwise(edges)] for name, (t, value) in sources.items()}
     return pd.DataFrame(held, index=ranges)
+
+
+def _information(world: MixtureWorld, n: int, seed: int, **at: float) -> float:
+    """MI at a `timestep` or a `time`, by the same `n` samples wherever it is asked."""
+    return world.information(n=n, generator=noise_generator(seed, "exact", 0), **at)[0]
+
+
+def _drawn(world: MixtureWorld, images: int, seed: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """Prompts in turn, images drawn for them, and the components that these show."""
+    prompts, generator = [i % len(world.means) for i in range(images)], noise_generator(seed, "drawn", 0)
+    components = world.captioned(prompts, generator)
+    return prompts, world.around(components, generator), components
 
 
 def _table(world: MixtureWorld, prompts: Sequence[int], latents: torch.Tensor, components: torch.Tensor, values: dict[str, torch.Tensor]) -> pd.DataFrame:

@@ -79,6 +79,8 @@ def test_the_toy_overlay_is_valid(values):
         ("pool.num_inference_steps", 1, "between 2 and 1000"),
         ("exact_worlds.world.modes", 1, "exact_worlds.world.modes is 1"),
         ("exact_worlds.caption_errors", [1.0], "exact_worlds.caption_errors[0] is 1.0"),
+        ("exact_worlds.flow.low", 1.0, "exact_worlds.flow is 1.0 to 1.0: low must be below high"),
+        ("exact_worlds.flow.high", 1.5, "exact_worlds.flow.high is 1.5"),
         ("exact_worlds.two_component_errors", [0.5], "exact_worlds.two_component_errors[0] is 0.5"),
     ],
 )

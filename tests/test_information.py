@@ -7,7 +7,23 @@ import torch
 from torch.distributions import Normal
 from torch.testing import assert_close
 
-from mitune.information import Kernel, both_branches, estimate, kappa, orthogonal_terms, path_terms, renoised_terms, renoised_timesteps, standard_terms
+from mitune.information import (
+    Kernel,
+    both_branches,
+    estimate,
+    flow_estimate,
+    flow_terms,
+    flow_times,
+    flow_weight,
+    guided_inner_product,
+    inner_product_terms,
+    kappa,
+    orthogonal_terms,
+    path_terms,
+    renoised_terms,
+    renoised_timesteps,
+    standard_terms,
+)
 from mitune.mixture import MixtureWorld, stable_diffusion_schedule
 from mitune.models import LatentDiffusion, load
 
@@ -190,3 +206,82 @@ def test_estimate_refuses(terms, options, message):
 def test_the_models_schedule_is_the_worlds(tiny_pipeline):
     model: LatentDiffusion = load(tiny_pipeline)
     assert_close(model.alphas_cumprod, ABAR, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------- rectified flows
+
+
+def test_the_flows_weight_is_kappa_of_its_own_schedule():
+    """By abar = (1 - t)^2 / ((1 - t)^2 + t^2) a flow is a diffusion: kappa / T is 1/2 |d log SNR| of a step, (1 - t)^2 takes eps to v."""
+    t = torch.arange(1, 1000).double() / 1000
+    abar = (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
+    middle = slice(200, 800)
+    assert_close((kappa(abar, torch.arange(999)) / 999 * 1000 * (1 - t) ** 2)[middle], flow_weight(t)[middle], rtol=0.01, atol=0)
+    assert_close(flow_weight(torch.tensor([0.25, 0.5, 1.0])), torch.tensor([3.0, 1.0, 0.0]).double())
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_velocities_have_the_terms_of_their_noise_predictions(t):
+    """eps = z_t + (1 - t) v, of prediction and target alike: the terms differ by (1 - t)^2."""
+    z_0, noise, v_cond, v_null = normal(4, 5, 4, 8, 8).double().unbind()
+    z_t = (1 - t) * z_0 + t * noise
+    eps_cond, eps_null = z_t + (1 - t) * v_cond, z_t + (1 - t) * v_null
+    assert_close(orthogonal_terms(eps_cond, eps_null), (1 - t) ** 2 * orthogonal_terms(v_cond, v_null), rtol=1e-4, atol=1e-3)
+    assert_close(standard_terms(noise, eps_cond, eps_null), (1 - t) ** 2 * standard_terms(noise - z_0, v_cond, v_null), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
+def test_the_guided_inner_product_is_a_query_on_stored_terms(w):
+    v_cond, v_null = normal(2, 5, 4, 8, 8)
+    guided = v_null + w * (v_cond - v_null)
+    orthogonal, inner_product = orthogonal_terms(v_cond, v_null), inner_product_terms(v_cond, v_null)
+    assert_close(inner_product, (v_cond * v_cond).flatten(1).sum(1) - (v_cond * v_null).flatten(1).sum(1), rtol=1e-4, atol=1e-3)
+    assert_close(guided_inner_product(inner_product, orthogonal, w), inner_product_terms(guided, v_null), rtol=1e-4, atol=1e-2)
+
+
+def test_only_the_inner_product_depends_on_where_the_latents_have_their_origin(world):
+    """Moved by a, v_c and v_u both lose a: the inner product changes by -a . (v_c - v_u)."""
+    moved = MixtureWorld(world.means + 2.0, world.std, world.caption_error, ABAR)
+    latents, prompts, times = normal(3, 4, 2, 2), world.encode([0, 1, 2]), torch.tensor([0.3, 0.7])
+    noise = normal(3, 2, 4, 2, 2, seed=1)
+    here = flow_terms(world, latents, prompts, world.null, times=times, noise=noise)
+    there = flow_terms(moved, latents + 2.0, prompts, world.null, times=times, noise=noise)
+    for form in ("orthogonal", "standard"):
+        assert_close(there[form], here[form], rtol=1e-3, atol=1e-3)
+    for r, t in enumerate(times.tolist()):
+        z_t = (1 - t) * latents + t * noise[:, r]
+        gap = world.velocity(z_t, t, prompts) - world.velocity(z_t, t, world.null[[0] * 3])
+        assert gap.flatten(1).sum(1).abs().max() > 0.1
+        assert_close(there["inner_product"][:, r] - here["inner_product"][:, r], -2.0 * gap.flatten(1).sum(1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_flow_terms_are_the_definition_whatever_the_batch(world, batch_size):
+    latents, noise, times = normal(4, 4, 2, 2), normal(4, 3, 4, 2, 2, seed=1), torch.tensor([0.1, 0.6, 1.0])
+    conditioning = world.encode([0, 1, 2, 1])
+    terms = flow_terms(world, latents, conditioning, world.null, times=times, noise=noise, batch_size=batch_size)
+    for row in range(4):
+        for r, t in enumerate(times.tolist()):
+            z_t = (1 - t) * latents[[row]] + t * noise[[row], r]
+            cond, null = world.velocity(z_t, t, conditioning[[row]]), world.velocity(z_t, t, world.null)
+            assert_close(terms["orthogonal"][row, r], orthogonal_terms(cond, null)[0], rtol=1e-4, atol=1e-4)
+            assert_close(terms["standard"][row, r], standard_terms(noise[[row], r] - latents[[row]], cond, null)[0], rtol=1e-4, atol=1e-4)
+            assert_close(terms["inner_product"][row, r], inner_product_terms(cond, null)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_estimate_of_a_flow_is_the_integral():
+    """int_0.2^0.8 (1 - t) / t t dt = 0.6 - 0.3."""
+    times = flow_times(50, 0.2, 0.8)
+    assert_close(times[[0, -1]], torch.tensor([0.206, 0.794]).double())
+    found = flow_estimate(torch.stack([times, 2 * times]).float(), times, low=0.2, high=0.8)
+    assert_close(found.value, torch.tensor([0.3, 0.6]).double(), rtol=1e-6, atol=0)
+    assert_close(found.standard_error, found.profile.std(-1) / 50**0.5)
+
+
+@pytest.mark.parametrize(
+    ("times", "options", "message"),
+    [([0.0, 0.5], {}, "times 0..0.5 must lie above 0"), ([0.5, 0.9], {"high": 0.8}, "must lie in 0..0.8"), ([0.5], {}, "do not fit 1 times")],
+)
+def test_the_estimate_of_a_flow_refuses(times, options, message):
+    with pytest.raises(ValueError, match=message):
+        flow_estimate(torch.ones(3, 2), torch.tensor(times), **options)

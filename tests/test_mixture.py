@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.testing import assert_close
 
-from mitune.information import estimate, renoised_terms, renoised_timesteps
+from mitune.information import estimate, flow_estimate, flow_terms, flow_times, guided_inner_product, renoised_terms, renoised_timesteps
 from mitune.mixture import MixtureWorld, stable_diffusion_schedule
 from mitune.sampling import Sampler, sample
 
@@ -33,10 +33,9 @@ def exact(world) -> float:
     return start - end
 
 
-def mixture(world: MixtureWorld, weights: torch.Tensor, timestep: int) -> MixtureSameFamily:
-    abar = ABAR[timestep].double()
-    scale = (abar * world.std**2 + 1 - abar).sqrt().expand(3, 16)
-    return MixtureSameFamily(Categorical(weights.double()), Independent(Normal(abar.sqrt() * world.means.double().flatten(1), scale), 1))
+def mixture(world: MixtureWorld, weights: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor) -> MixtureSameFamily:
+    scale = ((signal * world.std) ** 2 + sigma**2).sqrt().expand(3, 16)
+    return MixtureSameFamily(Categorical(weights.double()), Independent(Normal(signal * world.means.double().flatten(1), scale), 1))
 
 
 def score(density: MixtureSameFamily, z: torch.Tensor) -> torch.Tensor:
@@ -47,12 +46,34 @@ def score(density: MixtureSameFamily, z: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("timestep", [0, 300, 999])
 def test_eps_is_the_score_and_log_ratio_the_densities(world, timestep):
     z = torch.randn((5, 4, 2, 2), generator=seeded(1))
-    conditional, marginal = mixture(world, torch.tensor([0.075, 0.85, 0.075]), timestep), mixture(world, torch.ones(3) / 3, timestep)
-    sigma = (1 - ABAR[timestep]).sqrt()
+    signal, sigma = ABAR[timestep].double().sqrt(), (1 - ABAR[timestep].double()).sqrt()
+    conditional, marginal = (mixture(world, weights, signal, sigma) for weights in (torch.tensor([0.075, 0.85, 0.075]), torch.ones(3) / 3))
     assert_close(world.eps(z, timestep, world.encode([1] * 5)).double(), -sigma * score(conditional, z), rtol=1e-4, atol=1e-5)
     assert_close(world.eps(z, torch.full((5,), timestep), world.null[[0] * 5]).double(), -sigma * score(marginal, z), rtol=1e-4, atol=1e-5)
     ratio = conditional.log_prob(z.double().flatten(1)) - marginal.log_prob(z.double().flatten(1))
     assert_close(world.log_ratio(z, [1] * 5, timestep).double(), ratio, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("time", [0.02, 0.4, 0.98])
+def test_velocity_is_the_score_in_other_words(world, time):
+    """eps = -t score = z_t + (1 - t) v, the score by automatic differentiation."""
+    z, t = torch.randn((5, 4, 2, 2), generator=seeded(1)), torch.tensor(time).double()
+    density = mixture(world, torch.tensor([0.075, 0.85, 0.075]), 1 - t, t)
+    assert_close(z + (1 - time) * world.velocity(z, time, world.encode([1] * 5)), (-t * score(density, z)).float(), rtol=1e-4, atol=1e-5)
+    assert_close(world.velocity(z, torch.full((5,), time), world.null[[0] * 5]), world.velocity(z, time, world.null[[0] * 5]))
+
+
+@pytest.mark.parametrize("timestep", [0, 300, 999])
+def test_one_mixture_holds_the_same_information_by_diffusion_and_by_flow(world, timestep):
+    """MI depends on t by the signal-to-noise ratio alone."""
+    spread = float((1 / ABAR[timestep] - 1).sqrt())
+    by_diffusion, by_flow = (world.information(n=5000, generator=seeded(), **at)[0] for at in ({"timestep": timestep}, {"time": spread / (1 + spread)}))
+    assert by_flow == pytest.approx(by_diffusion, rel=1e-3)
+
+
+def test_the_ends_of_a_flow_are_the_image_and_nothing(world):
+    assert world.information(n=5000, generator=seeded(), time=0.0) == world.information(n=5000, generator=seeded())
+    assert world.information(n=5000, generator=seeded(), time=1.0)[0] == pytest.approx(0, abs=1e-6)
 
 
 def test_captions_are_wrong_at_their_rate(world):
@@ -85,6 +106,60 @@ def test_renoised_estimators_meet_the_exact_information(world, exact):
     assert float((standard - ratio).mean()) + start == pytest.approx(exact, rel=0.02)
     correlation = torch.corrcoef(torch.stack([ratio, standard, orthogonal]))[0]
     assert correlation[1] > 0.9 > 0 > correlation[2]  # one mean, but within a prompt only the standard form is the log-ratio
+
+
+LOW, HIGH = 0.1, 0.8  # of a flow, so that both ends count in the exact number
+
+
+@pytest.fixture(scope="module")
+def flow(world) -> tuple[list[int], torch.Tensor, dict[str, torch.Tensor]]:
+    """Prompts, exact images, and each form's estimate."""
+    n, times = 51_000, flow_times(25, LOW, HIGH)
+    prompts = [i % 3 for i in range(n)]
+    z, noise = world.draw(prompts, seeded(2)), torch.randn((n, 25, *world.latent_shape), generator=seeded(3))
+    terms = flow_terms(world, z, world.encode(prompts), world.null, times=times, noise=noise, batch_size=50_000)
+    return prompts, z, {form: flow_estimate(values, times, low=LOW, high=HIGH).value for form, values in terms.items()}
+
+
+@pytest.fixture(scope="module")
+def flow_exact(world) -> float:
+    (low, error), (high, _) = (world.information(n=100_000, generator=seeded(), time=t) for t in (LOW, HIGH))
+    assert error < 0.002 * (low - high)
+    assert high > 0.02 * low
+    return low - high
+
+
+@pytest.mark.parametrize("form", ["orthogonal", "standard", "inner_product"])
+def test_flow_estimators_meet_the_exact_information(world, flow, flow_exact, form):
+    prompts, z, values = flow
+    value = values[form]
+    if form == "standard":  # less the exact ratio of the image, whose mean is the MI of z_0
+        value = value - world.log_ratio(z, prompts).double() + world.information(n=100_000, generator=seeded())[0]
+    assert float(value.std()) / len(value) ** 0.5 < 0.005 * flow_exact
+    assert float(value.mean()) == pytest.approx(flow_exact, rel=0.02)
+
+
+def test_a_guided_inner_product_is_off_by_the_square_of_the_guidance(flow, flow_exact):
+    guided = guided_inner_product(flow[2]["inner_product"], flow[2]["orthogonal"], 2.5)
+    assert float(guided.mean()) == pytest.approx(2.5**2 * flow_exact, rel=0.02)
+
+
+def test_the_inner_product_of_one_prompt_by_itself_is_not_its_divergence(world, flow):
+    """KL(q(z|p) || q(z)) by samples of that prompt: the orthogonal form meets it, the inner product only on average over prompts."""
+    prompts, z, values = flow
+    of_prompt, differences = torch.tensor(prompts), []
+    for p in range(3):
+        chosen, n = of_prompt == p, int((of_prompt == p).sum())
+        gap = (values["inner_product"] - values["orthogonal"])[chosen]
+        differences.append(float(gap.mean() / (gap.std() / n**0.5)))
+        at_low, at_high = (_divergence(world, z[chosen], p, t) for t in (LOW, HIGH))
+        assert float(values["orthogonal"][chosen].mean()) == pytest.approx(at_low - at_high, rel=0.03)
+    assert max(map(abs, differences)) > 6
+
+
+def _divergence(world: MixtureWorld, z: torch.Tensor, prompt: int, time: float) -> float:
+    z_t = (1 - time) * z + time * torch.randn(z.shape, generator=seeded(7))
+    return float(world.log_ratio(z_t, [prompt] * len(z), time=time).double().mean())
 
 
 def trajectories(world, n: int, steps: int):

@@ -100,6 +100,15 @@ def test_format():
     assert f"{Interval(0.6157, 0.58, 0.6512, 60, 3).scaled(100):.1f}" == "61.6 [58.0, 65.1], n = 60 (+ 3 undefined)"
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.96, 1.04, True), (0.95, 1.05, True), (0.94, 1.01, None), (1.01, 1.06, None), (0.5, 2.0, None), (1.06, 1.09, False), (0.8, 0.94, False),
+     (float("nan"), float("nan"), None)],
+)  # fmt: skip
+def test_a_mean_is_equivalent_to_a_value_not_or_undecided(low, high, expected):
+    assert Interval((low + high) / 2, low, high, 12).equivalent(1, 0.05) is expected
+
+
 def test_tau_is_the_mean_of_scipys_and_constant_prompts_are_counted():
     rng = np.random.default_rng(6)
     prompt = np.repeat([7, 3, 5], 8)

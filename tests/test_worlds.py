@@ -86,6 +86,17 @@ def test_a_table_holds_the_exact_numbers_and_is_the_same_again():
     assert table.equals(worlds.over_worlds(make, draw, worlds=3, n=20_000))
 
 
+def test_a_flow_takes_the_same_images_and_its_own_ends():
+    make, options = partial(worlds.random_world, **SIZES), {"worlds": 2, "n": 20_000}
+    table = worlds.over_worlds(make, partial(worlds.flowed, images=600, times=30, low=0.2, high=0.7), times=(0.2, 0.7), **options)
+    whole = worlds.over_worlds(make, partial(worlds.drawn, images=600, timesteps=2), **options)
+    assert table["log_ratio"].equals(whole["log_ratio"]) and table["aligned"].equals(whole["aligned"]) and table["start"].equals(whole["start"])
+    assert (table["exact"] < 0.9 * whole["exact"]).all()
+    assert table["flow_orthogonal"].mean() == pytest.approx(table["exact"].mean(), rel=0.1)
+    signed = np.corrcoef(table[["log_ratio", "flow_standard", "flow_orthogonal"]].to_numpy().T)[0]
+    assert signed[1] > 0.8 > 0 > signed[2]
+
+
 def test_the_paths_noise_has_mean_zero_under_guidance(world):
     options = {"images": 3000, "num_inference_steps": 30, "timesteps": 5}
     for w in (1.0, 2.5):
