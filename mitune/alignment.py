@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Protocol
 
@@ -135,6 +136,7 @@ class Similarity:
 
     def __init__(self, model, tokenizer, *, batch_size: int = 512):
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        self._encoding = threading.Lock()  # tokenizers take one thread at a time
 
     @classmethod
     def load(cls, folder: Path, *, device: str = "cpu") -> Similarity:
@@ -147,7 +149,8 @@ class Similarity:
     def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Cosine similarities (N,) in [-1, 1]; each distinct prompt is encoded once."""
         distinct = sorted(set(prompts))
-        text = F.normalize(text_features(self.model, self.tokenizer, distinct), dim=-1)
+        with self._encoding:
+            text = F.normalize(text_features(self.model, self.tokenizer, distinct), dim=-1)
         image = torch.cat([F.normalize(image_features(self.model, part), dim=-1) for part in images.split(self.batch_size)])
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
         return (image * text[rows]).sum(-1).float().cpu()

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -257,24 +258,45 @@ def scratch(name: str, *key: Any) -> Iterator[Path]:
 
 
 def shards(
-    folder: Path, items: Sequence, size: int, compute: Callable[[Sequence], Mapping[str, torch.Tensor]], *, progress: tqdm | None = None
+    folder: Path, items: Sequence, size: int, compute: Callable[[Sequence], Mapping[str, torch.Tensor]], *, device: str, progress: tqdm | None = None
 ) -> dict[str, torch.Tensor]:
     """`compute` over consecutive slices of `items`, `size` long, joined along the first axis; finished slices are read from `folder`.
 
     The bounds depend on `size` alone, so that an interrupted run ends with the same bytes as an uninterrupted one. `compute` returns
-    tensors of shape (len(slice), ...). `progress` is advanced by the number of items.
+    tensors of shape (len(slice), ...). `progress` is advanced by the number of items. On a CPU as many slices are computed side by side
+    as torch has threads, each on one of them: faster than one slice on all, and the bytes do not depend on the number of cores.
     """
     if not items:
         raise ValueError("there is nothing to compute: items is empty")
-    parts = []
-    for start in range(0, len(items), size):
-        file, part = folder / f"{start:06d}.safetensors", items[start : start + size]
-        if not file.exists():
-            write_tensors(compute(part), file)
-        parts.append(read_tensors(file))
-        if progress is not None:
-            progress.update(len(part))
+    files = {start: folder / f"{start:06d}.safetensors" for start in range(0, len(items), size)}
+
+    def finish(start: int) -> int:
+        part = items[start : start + size]
+        if not files[start].exists():
+            write_tensors(compute(part), files[start])
+        return len(part)
+
+    with _side_by_side(device) as each:
+        for done in each(finish, files):
+            if progress is not None:
+                progress.update(done)
+    parts = [read_tensors(file) for file in files.values()]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@contextlib.contextmanager
+def _side_by_side(device: str) -> Iterator[Callable]:
+    """A `map`: on a CPU by as many workers as torch has threads, of one thread each. After an error the work that has begun is still finished."""
+    if device != "cpu":
+        yield map
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def progress(total: int, desc: str, unit: str = "it") -> tqdm:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -84,7 +85,7 @@ class LatentDiffusion:
     """A Stable Diffusion pipeline of diffusers as a `Denoiser`. Tensors come and go in float32; only the network runs in its own dtype."""
 
     def __init__(self, pipeline):
-        self.pipeline, self.network = pipeline, pipeline.unet
+        self.pipeline, self.network, self._encoding = pipeline, pipeline.unet, threading.Lock()  # tokenizers take one thread at a time
         self.prediction_type: str = pipeline.scheduler.config.prediction_type
         self.alphas_cumprod: torch.Tensor = pipeline.scheduler.alphas_cumprod.float().cpu()
         if self.prediction_type not in PREDICTION_TYPES:
@@ -111,7 +112,8 @@ class LatentDiffusion:
             raise ValueError(f"cannot encode {prompts!r}; pass a list of at least one prompt")
         distinct = list(dict.fromkeys(prompts))
         batches = [distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)]
-        states = torch.cat([self.pipeline.encode_prompt(batch, self.device, 1, do_classifier_free_guidance=False)[0] for batch in batches])
+        with self._encoding:
+            states = torch.cat([self.pipeline.encode_prompt(batch, self.device, 1, do_classifier_free_guidance=False)[0] for batch in batches])
         row = {prompt: n for n, prompt in enumerate(distinct)}
         return Conditioning({"encoder_hidden_states": states.float()[[row[prompt] for prompt in prompts]]})
 

@@ -1,5 +1,7 @@
 """Oracle: what was written; an uninterrupted run for an interrupted one."""
 
+import time
+
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,9 +43,9 @@ def test_wrong_columns_are_refused_on_writing(tmp_path):
         artifacts.write_table(scores().drop(columns="judge"), tmp_path / "t", "scores")
     with pytest.raises(ValueError, match="not a table of 'scores'"):
         artifacts.write_table(scores(prompt_id=["three"]), tmp_path / "t", "scores")
-    curves = pd.DataFrame({"category": ["color"], "arm": ["random"], "step": [1], "loss": [0.1], "grad_norm": [1.0], "seconds": [2.0]})
+    curve = pd.DataFrame({"category": ["color"], "arm": ["random"], "step": [1], "loss": [0.1], "grad_norm": [1.0], "seconds": [2.0]})
     with pytest.raises(ValueError, match="unknown column 'seconds'"):
-        artifacts.write_table(curves, tmp_path / "t", "curves")
+        artifacts.write_table(curve, tmp_path / "t", "curve")
     with pytest.raises(ValueError, match="unknown schema 'skores'"):
         artifacts.write_table(scores(), tmp_path / "t", "skores")
     assert not list(tmp_path.iterdir())
@@ -109,24 +111,57 @@ def squares(stop_at=None):
 def test_an_interrupted_run_goes_on_from_its_last_shard(project):
     whole = squares()
     with artifacts.scratch("pool", 1) as folder:
-        expected = artifacts.shards(folder, range(7), 3, whole)
+        expected = artifacts.shards(folder, range(7), 3, whole, device="cpu")
     stopped, resumed = squares(stop_at=4), squares()
     with pytest.raises(KeyboardInterrupt), artifacts.scratch("pool", 1) as folder:
-        artifacts.shards(folder, range(7), 3, stopped)
+        artifacts.shards(folder, range(7), 3, stopped, device="cpu")
     with artifacts.scratch("pool", 1) as folder:
-        result = artifacts.shards(folder, range(7), 3, resumed)
-    assert resumed.calls == [[3, 4, 5], [6]]
+        result = artifacts.shards(folder, range(7), 3, resumed, device="cpu")
+    assert [3, 4, 5] in resumed.calls
+    assert [0, 1, 2] not in resumed.calls
     assert torch.equal(result["x"], expected["x"])
     assert not (project / ".scratch" / "pool").exists()
 
 
 def test_other_parameters_do_not_take_up_old_shards(project):
     with pytest.raises(KeyboardInterrupt), artifacts.scratch("pool", {"M": 16}) as folder:
-        artifacts.shards(folder, range(7), 3, squares(stop_at=4))
+        artifacts.shards(folder, range(7), 3, squares(stop_at=4), device="cpu")
     other = squares()
     with artifacts.scratch("pool", {"M": 17}) as folder:
-        artifacts.shards(folder, range(7), 3, other)
-    assert other.calls[0] == [0, 1, 2]
+        artifacts.shards(folder, range(7), 3, other, device="cpu")
+    assert sorted(other.calls) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_shards_side_by_side_are_joined_in_order(tmp_path, device):
+    """The first is the last to be finished; `cuda` only means one after the other here."""
+
+    def compute(items):
+        if items[0] == 0:
+            time.sleep(0.2)
+        return {"x": torch.tensor([[float(item), float(torch.get_num_threads())] for item in items])}
+
+    threads = torch.get_num_threads()
+    result = artifacts.shards(tmp_path, range(7), 2, compute, device=device)["x"]
+    assert result[:, 0].tolist() == list(range(7))
+    assert set(result[:, 1].tolist()) == {1 if device == "cpu" else threads}
+    assert torch.get_num_threads() == threads
+
+
+def test_after_an_error_no_further_shard_is_begun(tmp_path):
+    calls = []
+
+    def compute(items):
+        calls.append(items[0])
+        if items[0] == 0:
+            raise ValueError("no memory left")
+        time.sleep(0.05)
+        return {"x": torch.zeros(len(items), 1)}
+
+    with pytest.raises(ValueError, match="no memory left"):
+        artifacts.shards(tmp_path, range(400), 1, compute, device="cpu")
+    assert len(calls) < 200
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(calls) - 1  # what had begun was finished and kept
 
 
 def test_the_digest_sees_every_input(tmp_path):

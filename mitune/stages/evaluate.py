@@ -27,7 +27,7 @@ def build(params, category: str) -> pd.DataFrame:
                 for scale in config.guidance_scales:
                     place = folder / f"{arm}-{split}-{scale}"
                     compute = _evaluator(model, judges, config, scale, params.seed)
-                    values = shards(place, items, config.shard_prompts, compute, progress=bar)
+                    values = shards(place, items, config.shard_prompts, compute, device=params.device, progress=bar)
                     kept = values.pop("picture")
                     if split == "test":
                         grids[f"{arm}/{scale}"] = kept[: config.grid_prompts]

@@ -20,7 +20,7 @@ def build(params, category: str) -> dict[str, tuple[int, ...]]:
         compute = _sampler(model, pool, params.seed)
         key = (pool, params.seed, params.dtype, [item.text for item in items], path(params.models[params.model].pipeline))
         with scratch(f"pool-{category}-{split}", *key) as folder, progress(len(items), f"pool {category} {split}", unit="prompt") as bar:
-            tensors = shards(folder, items, pool.shard_prompts, compute, progress=bar)
+            tensors = shards(folder, items, pool.shard_prompts, compute, device=params.device, progress=bar)
             tensors["timesteps"] = tensors["timesteps"][0]
             write_tensors(tensors, Results(params.model).pool(category, split))
         shapes[split] = tuple(tensors["latents"].shape)

@@ -23,7 +23,7 @@ def build(params, category: str) -> pd.DataFrame:
         compute = _scorer(model, judges, items, pool["latents"], timesteps, params)
         key = (params.renoise, params.seed, params.dtype, pool["latents"], path(params.models[params.model].pipeline))
         with scratch(f"scores-{category}-{split}", *key) as folder, progress(len(items), f"scores {category} {split}", unit="prompt") as bar:
-            terms = shards(folder, range(len(items)), params.pool.shard_prompts, compute, progress=bar)
+            terms = shards(folder, range(len(items)), params.pool.shard_prompts, compute, device=params.device, progress=bar)
             renoised = {f"renoised_{name}": terms[name] for name in ("orthogonal", "standard")} | {"renoised_timesteps": timesteps}
             write_tensors(renoised, results.terms(category, split))
         frames.append(_table(params, category, split, items, pool | renoised, terms, model.alphas_cumprod))
