@@ -284,13 +284,18 @@ def shards(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def workers(device: str) -> int:
+    """How many shards are computed at the same time."""
+    return torch.get_num_threads() if device == "cpu" else 1
+
+
 @contextlib.contextmanager
 def _side_by_side(device: str) -> Iterator[Callable]:
     """A `map`: on a CPU by as many workers as torch has threads, of one thread each. After an error the work that has begun is still finished."""
     if device != "cpu":
         yield map
         return
-    threads = torch.get_num_threads()
+    threads = workers(device)
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool.map

@@ -7,16 +7,22 @@ the other, and their ratio is what is reported; absolute times are this machine'
 from __future__ import annotations
 
 import argparse
+import tempfile
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from mitune import config
+from mitune.artifacts import shards, workers
 from mitune.information import both_branches, orthogonal_terms
 from mitune.models import LatentDiffusion
-from mitune.sampling import Sampler, noise_generator, sample
+from mitune.prompts import Prompt
+from mitune.sampling import Sampler, noise_generator
 from mitune.stages import open_model, read_prompts
+from mitune.stages.pool import sampler
 
 
 @dataclass
@@ -26,6 +32,7 @@ class Timed:
     model: LatentDiffusion
     evaluations: int = 0
     seconds: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)
@@ -33,28 +40,26 @@ class Timed:
     def eps(self, latents, timesteps, conditioning):
         started = time.perf_counter()
         result = self.model.eps(latents, timesteps, conditioning)
-        self.seconds += time.perf_counter() - started
-        self.evaluations += len(latents)
+        with self.lock:
+            self.seconds += time.perf_counter() - started
+            self.evaluations += len(latents)
         return result
 
 
-def batched(model, prompts: list[str], images: int, params) -> None:
-    rows = [(prompt, image) for prompt in prompts for image in range(images)]
-    sample(
-        model, model.encode([prompt for prompt, _ in rows]), model.null, guidance_scale=params.pool.guidance_scale,
-        num_inference_steps=params.pool.num_inference_steps, generators=[noise_generator(params.seed, *row) for row in rows], terms=True,
-        batch_size=params.pool.batch_size,
-    )  # fmt: skip
+def batched(model, prompts: list[Prompt], params) -> None:
+    """As stage `pool` does it."""
+    with tempfile.TemporaryDirectory() as folder:
+        shards(Path(folder), prompts, params.pool.shard_prompts, sampler(model, params.pool, params.seed), device=params.device)
 
 
-def plain(model, prompts: list[str], images: int, params) -> None:
-    sampler = Sampler.of(model.alphas_cumprod, params.pool.num_inference_steps)
+def plain(model, prompts: list[Prompt], params) -> None:
+    chain = Sampler.of(model.alphas_cumprod, params.pool.num_inference_steps)
     for prompt in prompts:
-        conditioning = model.encode([prompt])
-        for image in range(images):
-            generator = noise_generator(params.seed, prompt, image)
+        conditioning = model.encode([prompt.text])
+        for image in range(2):
+            generator = noise_generator(params.seed, prompt.text, image)
             z_t = torch.randn((1, *model.latent_shape), generator=generator)
-            for timestep, kernel in zip(sampler.timesteps.tolist(), sampler.kernels, strict=True):
+            for timestep, kernel in zip(chain.timesteps.tolist(), chain.kernels, strict=True):
                 eps_cond, eps_null = model.eps(z_t, timestep, conditioning), model.eps(z_t, timestep, model.null)
                 orthogonal_terms(eps_cond, eps_null)
                 eps = eps_null + params.pool.guidance_scale * (eps_cond - eps_null)
@@ -63,19 +68,20 @@ def plain(model, prompts: list[str], images: int, params) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=8, help="prompts in the batched run (default: 8)")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts in the batched run (default: 16)")
     arguments = parser.parse_args()
     params = config.load()
     model = Timed(open_model(params))
-    prompts = [item.text for item in read_prompts(params, params.categories[0], "train", arguments.prompts)]
-    both_branches(model, torch.randn(2, *model.latent_shape), 500, model.encode(prompts[:1] * 2), model.null)  # warm up
+    prompts = read_prompts(params, params.categories[0], "train", arguments.prompts)
+    both_branches(model, torch.randn(2, *model.latent_shape), 500, model.encode([prompts[0].text] * 2), model.null)  # warm up
     rates = {}
-    for name, run, texts, images in (("batched", batched, prompts, params.pool.M), ("plain loop", plain, prompts[:1], 2)):
+    for name, run, of, at_once in (("batched", batched, prompts, workers(params.device)), ("plain loop", plain, prompts[:1], 1)):
         model.evaluations, model.seconds, started = 0, 0.0, time.perf_counter()
-        run(model, texts, images, params)
+        run(model, of, params)
         wall = time.perf_counter() - started
         rates[name] = model.evaluations / wall
-        print(f"{name:11s} {rates[name]:8.0f} denoiser evaluations/s   {model.seconds / wall:6.1%} of the wall time in the denoiser   n = {model.evaluations}")
+        share = model.seconds / wall / at_once
+        print(f"{name:11s} {rates[name]:8.0f} denoiser evaluations/s   {share:6.1%} of the wall time in the denoiser   n = {model.evaluations}")
     print(f"ratio       {rates['batched'] / rates['plain loop']:8.1f} x   ({torch.get_num_threads()} threads, {params.dtype})")
 
 

@@ -17,7 +17,7 @@ def build(params, category: str) -> dict[str, tuple[int, ...]]:
     model, pool, shapes = open_model(params), params.pool, {}
     for split, n in pool.n_prompts.items():
         items = read_prompts(params, category, split, n)
-        compute = _sampler(model, pool, params.seed)
+        compute = sampler(model, pool, params.seed)
         key = (pool, params.seed, params.dtype, [item.text for item in items], path(params.models[params.model].pipeline))
         with scratch(f"pool-{category}-{split}", *key) as folder, progress(len(items), f"pool {category} {split}", unit="prompt") as bar:
             tensors = shards(folder, items, pool.shard_prompts, compute, device=params.device, progress=bar)
@@ -27,7 +27,9 @@ def build(params, category: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _sampler(model, pool, seed: int):
+def sampler(model, pool, seed: int):
+    """For prompts: latents (n, M, C, H, W), terms (n, M, S) and timesteps (n, S) of their candidates."""
+
     def compute(items) -> dict[str, torch.Tensor]:
         rows = [(item, image) for item in items for image in range(pool.M)]
         conditioning = model.encode([item.text for item in items])[torch.arange(len(items)).repeat_interleave(pool.M)]
