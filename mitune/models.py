@@ -209,7 +209,7 @@ def _pipeline(source: str):
     if Path(source).is_dir():
         name, revision = source, None
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"there is no model in {source!r}; run `dvc pull` or name a diffusers pipeline folder or a hub model 'owner/name'")
+        raise ValueError(f"there is no model in {source!r}; name a diffusers pipeline folder or a hub model 'owner/name'")
     try:
         with quiet(warnings=True):
             pipeline = DiffusionPipeline.from_pretrained(name, revision=revision or None, dtype=torch.float32)
