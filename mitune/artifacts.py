@@ -201,7 +201,7 @@ def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
 
 def _must_exist(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"{path} is missing: run `dvc repro` to make it; `dvc pull -r results --allow-missing` fetches the committed run's pools and MI adapters")
+        raise ValueError(f"{path} is missing: run `dvc repro` to make it; `dvc pull -r results --allow-missing` fetches the committed pools and MI adapters")
 
 
 # ---------------------------------------------------------------- going on after an interruption
