@@ -18,7 +18,7 @@ from mitune.networks import MAX_LENGTH, build_similarity, text_config
 
 
 def train_vae(vae, images: torch.Tensor, *, name: str, scratch: Path, device: str, steps: int, seed: int, batch_size: int = 32):
-    """One cycle of the autoencoder, in place; the scaling factor is 1 over the standard deviation of its latents."""
+    """One cycle of the autoencoder, in place."""
 
     def loss(generator):
         x = images[torch.randint(len(images), (batch_size,), generator=generator)].to(device)
@@ -29,9 +29,26 @@ def train_vae(vae, images: torch.Tensor, *, name: str, scratch: Path, device: st
         return {"loss": F.l1_loss(y, x) + 2 * mse + 1e-6 * posterior.kl().mean(), "mse": mse}
 
     fit(name, nn.ModuleDict({"vae": vae}), loss, scratch=scratch, steps=steps, learning_rate=2e-3, ema_decay=0.995, seed=seed)
-    with torch.inference_mode():
-        means = torch.cat([vae.encode(part.to(device)).latent_dist.mean for part in images[:2048].split(256)])
-    vae.register_to_config(scaling_factor=round(float(1 / means.std()), 5))
+
+
+@torch.no_grad()
+def whiten(vae, images: torch.Tensor, *, floor: float = 0.1) -> torch.Tensor:
+    """Give every direction of the latents the same variance, in place, and set the scaling factor to 1 over their standard deviation.
+
+    W = U max(L, floor max(L))^(-1/2) U^T of their covariance U L U^T over images and places, folded into the 1 x 1 convolutions on either
+    side of them: images and reconstructions stay as they are. What is small in the latents, such as a texture, is then not lost in noise
+    long before what is large, such as a colour. Returns W (C, C).
+    """
+    latents = torch.cat([vae.encode(part.to(vae.device)).latent_dist.mean.cpu() for part in images.split(256)])
+    values, vectors = torch.linalg.eigh(torch.cov(latents.transpose(0, 1).flatten(1)))
+    w = vectors @ torch.diag(values.clamp(min=floor * values.max()).rsqrt()) @ vectors.T
+    channels = len(w)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    before.weight[:channels] = torch.einsum("ij,jkhw->ikhw", w.to(vae.device), before.weight[:channels])
+    before.bias[:channels] = w.to(vae.device) @ before.bias[:channels]
+    after.weight.copy_(torch.einsum("ijhw,jk->ikhw", after.weight, torch.linalg.inv(w).to(vae.device)))
+    vae.register_to_config(scaling_factor=round(float(1 / torch.einsum("ij,njhw->nihw", w, latents).std()), 5))
+    return w
 
 
 class _Contrast:

@@ -25,7 +25,7 @@ from mitune.config import root
 from mitune.corpus import CaptionNoise, clean_scenes, web_latents, write_prompts
 from mitune.models import load
 from mitune.networks import build_scheduler, build_tokenizer, build_unet, build_vae
-from mitune.parts import encode_texts, train_judge, train_similarity, train_text_encoder, train_unet, train_vae
+from mitune.parts import encode_texts, train_judge, train_similarity, train_text_encoder, train_unet, train_vae, whiten
 from mitune.sampling import noise_generator, sample
 from mitune.schema import build
 from mitune.stages.base import knows
@@ -94,6 +94,7 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
     vae = build_vae().to(config.device)
     for n, steps in enumerate(config.vae_cycles):
         train_vae(vae, images, name=f"vae_{n + 1}", steps=steps, seed=config.seed + n, **options)
+    whiten(vae, images[:2048])
     torch.manual_seed(config.seed + 1)
     text_encoder = train_text_encoder(images, captions, tokenizer, steps=config.text_steps, **options)
     similarity = train_similarity(images, captions, tokenizer, steps=config.similarity_steps, seed=config.seed + 3, **options)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mitune import artifacts, captions, config, fitting, models, networks, pretraining, schema
+from mitune import artifacts, captions, config, fitting, models, networks, parts, pretraining, schema
 
 SHIPPED = config.root() / "data" / "shapes"
 
@@ -66,6 +66,22 @@ def test_the_shipped_autoencoder_keeps_images():
     model = models.load(SHIPPED / "pipeline")
     mse = (model.decode(model.encode_images(images)) - images).square().mean((1, 2, 3))
     assert (10 * torch.log10(4 / mse)).mean() > 28
+
+
+def test_whitened_latents_have_one_variance_in_every_direction_and_the_same_images():
+    from mitune import scenes
+
+    torch.manual_seed(0)
+    vae, generator = networks.build_vae().eval(), torch.Generator().manual_seed(4)
+    images = scenes.render(scenes.sample_scenes([captions.sample_caption("color", generator) for _ in range(32)], generator), generator)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).latent_dist.mean).sample
+        w = parts.whiten(vae, images, floor=1e-6)
+        latents = vae.encode(images).latent_dist.mean
+        torch.testing.assert_close(vae.decode(latents).sample, before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.cov(latents.transpose(0, 1).flatten(1)), torch.eye(4), rtol=0, atol=1e-3)
+    assert (latents * vae.config.scaling_factor).std() == pytest.approx(1, abs=1e-3)
+    assert not torch.allclose(w, torch.eye(4), atol=0.1)
 
 
 def test_the_whole_pretraining_at_toy_size_resumes_and_ships_a_model(tmp_path):
