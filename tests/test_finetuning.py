@@ -14,7 +14,7 @@ from mitune.models import load
 
 CONFIG = Finetune(
     adapter="dora", rank=4, lora_alpha=4, target_modules=("attention", "ff"), learning_rate=1e-2, betas=(0.9, 0.999), weight_decay=1e-2, epsilon=1e-8,
-    max_grad_norm=1.0, steps=6, batch_size=8, timesteps=Timesteps(500, 1000), checkpoint_every=3, save_dtype="float32", seed=0, arms=("random",),
+    max_grad_norm=1.0, steps=6, batch_size=8, timesteps=Timesteps(500, 1000), checkpoint_every=3, save_dtype="float32", seed=0,
 )  # fmt: skip
 
 
