@@ -51,6 +51,12 @@ def whiten(vae, images: torch.Tensor, *, floor: float = 0.1) -> torch.Tensor:
     return w
 
 
+@torch.no_grad()
+def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
+    """Images (N, 3, H, W) as the autoencoder gives them back, on the CPU."""
+    return torch.cat([vae.decode(vae.encode(part.to(vae.device)).latent_dist.mean).sample.cpu() for part in images.split(128)])
+
+
 class _Contrast:
     """Image-caption batches with one hard negative a caption, and the contrastive loss (InfoNCE both ways) over them."""
 
@@ -114,7 +120,7 @@ def train_similarity(images, captions, tokenizer, *, scratch: Path, device: str,
 
 
 def train_judge(judge: ShapesJudge, images, drawn: scenes.Scenes, *, name: str, scratch: Path, device: str, steps: int, seed: int, batch_size: int = 128):
-    """One cycle of `judge`, in place, on rendered scenes with noise and blur, so that it also reads decoded images."""
+    """One cycle of `judge`, in place, on images of the scenes `drawn`, with noise and blur."""
     labels = judge_labels(drawn)
 
     def loss(generator):

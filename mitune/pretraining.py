@@ -25,7 +25,7 @@ from mitune.config import root
 from mitune.corpus import CaptionNoise, clean_scenes, web_latents, write_prompts
 from mitune.models import load
 from mitune.networks import build_scheduler, build_tokenizer, build_unet, build_vae
-from mitune.parts import encode_texts, train_judge, train_similarity, train_text_encoder, train_unet, train_vae, whiten
+from mitune.parts import encode_texts, reconstruct, train_judge, train_similarity, train_text_encoder, train_unet, train_vae, whiten
 from mitune.sampling import noise_generator, sample
 from mitune.schema import build
 from mitune.stages.base import knows
@@ -104,6 +104,7 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
     judge = ShapesJudge().to(config.device)
     for n, steps in enumerate(config.judge_cycles):
         images, _, drawn = clean_scenes(config.clean_scenes, JUDGE_SHARES, seed=config.seed + 2 + 10 * n, plain=0.0)
+        images[::2] = reconstruct(vae, images[::2])  # what it is to judge is decoded
         train_judge(judge, images, drawn, name=f"judge_{n + 1}", steps=steps, seed=config.seed + 2 + n, **options)
     judge.save(folder / "judge")
     del images, captions, drawn
