@@ -43,9 +43,10 @@ SCHEMAS: dict[str, dict[str, pa.DataType]] = {
     "curve": {"category": TEXT, "arm": TEXT, "step": WHOLE, "loss": REAL, "grad_norm": REAL},
     "images": {"category": TEXT, "arm": TEXT, "split": TEXT, "guidance_scale": REAL, **_IMAGE, **_SCENE, **_ALIGNMENT, "failure": TEXT},
     "knows": {"category": TEXT, "kind": TEXT, "case": WHOLE, "prompt": TEXT, "wrong": TEXT, "margin": REAL, "correct": TRUTH},  # margin in nats
-    "snapshots": {"step": WHOLE, "category": TEXT, "case": WHOLE, "knows": TRUTH, "does": REAL},
+    "snapshots": {"step": WHOLE, "category": TEXT, "case": WHOLE, "prompt": TEXT, **_SCENE, "knows": TRUTH},
+    "ranking": {"step": WHOLE, "category": TEXT, **_IMAGE, **_SCENE, "judge": REAL},  # and each estimator, in nats
 }
-OPEN = {"scores": REAL}  # tables that take further columns, all of this type
+OPEN = {"scores": REAL, "ranking": REAL}  # tables that take further columns, all of this type
 
 
 @dataclass(frozen=True)

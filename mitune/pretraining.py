@@ -1,7 +1,7 @@
 """Pretraining of the embedded model: autoencoder, text encoder, denoiser, judge and similarity model, from rendered scenes.
 
 Run as `python -m mitune.pretraining` (`make pretrain`). Each part resumes from its last checkpoint in `scratch`, logs to
-`scratch/log.jsonl`, and is skipped once finished; the diffusers pipeline folder, the judges, the prompt files and the learning curves
+`scratch/log.jsonl`, and is skipped once finished; the diffusers pipeline folder, the judges, the prompt files and the learning curve
 are written to `folder`.
 """
 
@@ -19,16 +19,18 @@ from tqdm.auto import tqdm
 from mitune import captions as grammar
 from mitune import prompts
 from mitune.alignment import ShapesJudge
-from mitune.artifacts import write_table
+from mitune.artifacts import digest, read_table, write_table
+from mitune.config import Estimator, root
 from mitune.config import load as load_params
-from mitune.config import root
 from mitune.corpus import CaptionNoise, clean_scenes, web_latents, write_prompts
-from mitune.models import load
+from mitune.information import estimate, renoised_terms, renoised_timesteps
+from mitune.models import LatentDiffusion, load
 from mitune.networks import build_scheduler, build_tokenizer, build_unet, build_vae
 from mitune.parts import encode_texts, reconstruct, train_judge, train_similarity, train_text_encoder, train_unet, train_vae, whiten
 from mitune.sampling import noise_generator, sample
 from mitune.schema import build
 from mitune.stages.base import knows
+from mitune.stages.judging import scene
 
 JUDGE_SHARES = {"color": 0.1, "shape": 0.05, "texture": 0.1, "spatial": 0.1, "non_spatial": 0.35, "complex": 0.25, "single": 0.05}
 """Of the judge's own scenes: more of those in which one object lies on another, the hardest to read; and what is not said is drawn evenly."""
@@ -36,14 +38,17 @@ JUDGE_SHARES = {"color": 0.1, "shape": 0.05, "texture": 0.1, "spatial": 0.1, "no
 
 @dataclass(frozen=True)
 class Probe:
-    """Of the learning curve: cases a category, timesteps of the standard MI and those that count, and how the samples are drawn."""
+    """Of the learning curve, for each snapshot and category; images in one call of the network."""
 
-    cases: int
-    timesteps: int
-    t_min: int
+    cases: int  # rendered scenes, true against wrong caption
+    prompts: int  # validation prompts whose candidates are ranked
+    images: int  # candidates a prompt
+    timesteps: int  # of the re-noised terms, of cases and candidates
+    t_min: int  # in the cases only timesteps above it count
     guidance_scale: float
     num_inference_steps: int
     batch_size: int
+    estimators: dict[str, Estimator]  # the columns of MI
 
 
 @dataclass(frozen=True)
@@ -132,28 +137,65 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
     pipeline.save_pretrained(folder / "pipeline")
     shutil.rmtree(folder / "tokenizer")
     shutil.copy(scratch / "log.jsonl", folder / "log.jsonl")
-    write_table(learning_curve(folder, scratch, config), folder / "snapshots.parquet", "snapshots")
+    learning_curve(config, folder=folder, scratch=scratch)
 
 
-def learning_curve(folder: Path, scratch: Path, config: Pretraining) -> pd.DataFrame:
-    """What each snapshot of the denoiser knows (is a rendered scene's true caption preferred?) and does (the judge's score of a sample), a row a case."""
+def learning_curve(config: Pretraining, *, folder: Path, scratch: Path) -> dict[str, pd.DataFrame]:
+    """Write what each snapshot of the denoiser knows and ranks: `snapshots.parquet`, a row a case, and `ranking.parquet`, a row a candidate; return both.
+
+    Snapshots are `scratch/unet_{cycle}-{step of it}.pt`; `step` counts through all cycles. A finished one lies in `scratch/curve`, and is
+    asked again only if its weights, the probe, the prompts, the judge or another part of the pipeline have changed.
+    """
     judge, model = ShapesJudge.load(folder / "judge", device=config.device), load(folder / "pipeline", device=config.device)
-    probe, frames = config.probe, []
+    others = digest(config.probe, config.seed, *(folder / part for part in ("prompts", "judge", "pipeline/vae", "pipeline/text_encoder")))
     starts = [sum(cycle.steps for cycle in config.unet_cycles[:n]) for n in range(len(config.unet_cycles))]
     files = {start + int(file.stem.split("-")[1]): file for n, start in enumerate(starts) for file in sorted(scratch.glob(f"unet_{n + 1}-*.pt"))}
+    found: dict[str, list[pd.DataFrame]] = {"snapshots": [], "ranking": []}
     for step, file in tqdm(files.items(), desc="learning curve"):
-        weights = torch.load(file, map_location=config.device, weights_only=True)
-        model.network.load_state_dict({name.removeprefix("unet."): value.float() for name, value in weights.items()})
-        for category in grammar.CATEGORIES:
-            cases = knows(model, category, [prompt.text for prompt in prompts.load(folder / "prompts", category, "val")], probe, seed=config.seed)
-            texts = list(cases["prompt"])
-            samples = sample(
-                model, model.encode(texts), model.null, guidance_scale=probe.guidance_scale, num_inference_steps=probe.num_inference_steps,
-                generators=[noise_generator(config.seed, text, case) for case, text in enumerate(texts)], batch_size=probe.batch_size,
-            )  # fmt: skip
-            does = judge.score(model.decode(samples.latents), texts).double().numpy()
-            frames.append(cases[["category", "case"]].assign(step=step, knows=cases["correct"], does=does))
-    return pd.concat(frames, ignore_index=True)
+        home = scratch / "curve" / f"{step:06d}-{digest(file, others)}"
+        if not all((home / f"{name}.parquet").exists() for name in found):
+            weights = torch.load(file, map_location=config.device, weights_only=True)
+            model.network.load_state_dict({name.removeprefix("unet."): value.float() for name, value in weights.items()})
+            for name, table in _examined(model, judge, folder / "prompts", config.probe, config.seed).items():
+                write_table(table.assign(step=step), home / f"{name}.parquet", name)
+        for name, tables in found.items():
+            tables.append(read_table(home / f"{name}.parquet", name))
+    curve = {name: pd.concat(tables, ignore_index=True) for name, tables in found.items()}
+    for name, table in curve.items():
+        write_table(table, folder / f"{name}.parquet", name)
+    return curve
+
+
+def _examined(model: LatentDiffusion, judge: ShapesJudge, folder: Path, probe: Probe, seed: int) -> dict[str, pd.DataFrame]:
+    """The tables of one state of the model, over all categories: `snapshots` and `ranking` but for their `step`."""
+    cases, candidates = [], []
+    for category in grammar.CATEGORIES:
+        items = prompts.load(folder, category, "val")
+        cases.append(knows(model, category, [item.text for item in items], probe, seed=seed).rename(columns={"correct": "knows"}))
+        candidates.append(_candidates(model, judge, items[: probe.prompts], probe, seed).assign(category=category))
+    known = pd.concat(cases, ignore_index=True)
+    known = known.assign(scene=known["prompt"].map(scene))[["category", "case", "prompt", "scene", "knows"]]
+    return {"snapshots": known, "ranking": pd.concat(candidates, ignore_index=True)}
+
+
+def _candidates(model: LatentDiffusion, judge: ShapesJudge, items: list[prompts.Prompt], probe: Probe, seed: int) -> pd.DataFrame:
+    """A row a candidate of each prompt: the judge's score and each estimator's MI in nats; re-noising noise is common to a prompt's candidates."""
+    rows = [(item.prompt_id, item.text, scene(item.text), image) for item in items for image in range(probe.images)]
+    texts = [text for _, text, _, _ in rows]
+    said, at = model.encode(texts), renoised_timesteps(len(model.alphas_cumprod), probe.timesteps)
+    samples = sample(
+        model, said, model.null, guidance_scale=probe.guidance_scale, num_inference_steps=probe.num_inference_steps,
+        generators=[noise_generator(seed, text, image) for _, text, _, image in rows], terms=True, batch_size=probe.batch_size,
+    )  # fmt: skip
+    noises = {item.text: torch.randn((len(at), *model.latent_shape), generator=noise_generator(seed, item.text, 0, "renoise")) for item in items}
+    renoised = renoised_terms(model, samples.latents, said, model.null, timesteps=at, noise=lambda row: noises[texts[row]], batch_size=probe.batch_size)
+    terms = {"trajectory": ({"orthogonal": samples.orthogonal, "path": samples.path}, samples.timesteps), "renoised": (renoised, at)}
+    columns = {"judge": judge.score(model.decode(samples.latents), texts).double().numpy()}
+    for name, chosen in probe.estimators.items():
+        stored, steps = terms[chosen.latents]
+        found = estimate(stored[chosen.form], steps, model.alphas_cumprod, form=chosen.form, t_min=chosen.t_min, variant=chosen.kappa or "paper")
+        columns[name] = found.value.numpy()
+    return pd.DataFrame(rows, columns=["prompt_id", "prompt", "scene", "image"]).assign(**columns)
 
 
 def main() -> None:

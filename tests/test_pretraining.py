@@ -1,12 +1,16 @@
 """Oracle: an uninterrupted run, diffusers' own loader, and the shipped files."""
 
+import itertools
 import json
+import shutil
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from mitune import artifacts, captions, config, fitting, models, networks, parts, pretraining, schema
+from mitune.stages import pool, scores
 
 SHIPPED = config.root() / "data" / "shapes"
 
@@ -87,7 +91,8 @@ def test_whitened_latents_have_one_variance_in_every_direction_and_the_same_imag
 def test_the_whole_pretraining_at_toy_size_resumes_and_ships_a_model(tmp_path):
     values, even = config.load().pretrain, dict.fromkeys((*captions.CATEGORIES, "single"), 1 / 7)
     sizes = {"clean_scenes": 24, "web_scenes": 24, "unet_width": 32, "text_steps": 1, "similarity_steps": 1, "snapshots": 1}
-    probe = {"cases": 2, "timesteps": 2, "t_min": 100, "guidance_scale": 1.0, "num_inference_steps": 2, "batch_size": 4}
+    few = {"cases": 2, "prompts": 2, "images": 3, "timesteps": 2, "num_inference_steps": 3, "batch_size": 4}
+    probe = values["probe"] | few
     cycles = {"vae_cycles": [1, 1], "judge_cycles": [1, 1], "unet_cycles": [{"steps": 1, "shares": even}, {"steps": 2, "shares": even}]}
     toy = schema.build(pretraining.Pretraining, values | sizes | cycles | {"shares": even, "probe": probe}, "pretrain")
     folder, again, scratch = tmp_path / "model", tmp_path / "again", tmp_path / "scratch"
@@ -95,12 +100,72 @@ def test_the_whole_pretraining_at_toy_size_resumes_and_ships_a_model(tmp_path):
     curve = artifacts.read_table(folder / "snapshots.parquet", "snapshots")
     assert sorted(set(curve["step"])) == [1, 3]  # a snapshot a cycle, counted from the first one's start
     assert len(curve) == 2 * len(captions.CATEGORIES) * 2
+    ranking = artifacts.read_table(folder / "ranking.parquet", "ranking")
+    assert (ranking.groupby(["step", "category", "prompt"]).size() == 3).all()
+    assert len(ranking) == 2 * len(captions.CATEGORIES) * 2 * 3
     lines = (scratch / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["part"] for line in lines] == ["vae_1", "vae_2", "text_encoder", "similarity", "judge_1", "judge_2", "unet_1", "unet_2"]
     pretraining.pretrain(toy, folder=again, scratch=scratch)
     assert (scratch / "log.jsonl").read_text().splitlines() == lines  # finished parts are not trained again
     for file in ("pipeline/unet/diffusion_pytorch_model.safetensors", "judge/model.safetensors"):
         assert (folder / file).read_bytes() == (again / file).read_bytes()
+
+
+def toy_curve(tiny_pipeline, home):
+    """A folder with a pipeline of random weights, the shipped prompts and judge, and two snapshots in a scratch; the configuration of their curve."""
+    folder, scratch = home / "model", home / "scratch"
+    for part in ("judge", "prompts"):
+        shutil.copytree(SHIPPED / part, folder / part)
+    shutil.copytree(tiny_pipeline, folder / "pipeline")
+    scratch.mkdir()
+    weights = models.load(folder / "pipeline").network.state_dict()
+    for step in (1, 2):
+        torch.save({f"unet.{name}": (step * value).half() for name, value in weights.items()}, scratch / f"unet_1-{step:06d}.pt")
+    values = config.load().pretrain
+    few = {"cases": 2, "prompts": 2, "images": 3, "timesteps": 4, "num_inference_steps": 4}
+    return schema.build(pretraining.Pretraining, values | {"probe": values["probe"] | few}, "pretrain"), folder, scratch
+
+
+def test_a_killed_learning_curve_goes_on_from_the_last_snapshot(tiny_pipeline, tmp_path, monkeypatch):
+    toy, folder, scratch = toy_curve(tiny_pipeline, tmp_path)
+    whole = pretraining.learning_curve(toy, folder=folder, scratch=scratch)
+    shutil.rmtree(scratch / "curve")
+    calls, examined = itertools.count(1), pretraining._examined
+
+    def killed(*arguments):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return examined(*arguments)
+
+    monkeypatch.setattr(pretraining, "_examined", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretraining.learning_curve(toy, folder=folder, scratch=scratch)
+    again = pretraining.learning_curve(toy, folder=folder, scratch=scratch)
+    assert next(calls) == 4  # the first snapshot was asked once
+    for name, table in whole.items():
+        pd.testing.assert_frame_equal(again[name], table)
+        pd.testing.assert_frame_equal(artifacts.read_table(folder / f"{name}.parquet", name), table)
+
+
+def test_the_learning_curve_asks_as_the_stages_do(tiny_pipeline, tmp_path, monkeypatch):
+    """Oracle: the stages `pool` and `scores` with the same network and sizes."""
+    toy, folder, scratch = toy_curve(tiny_pipeline, tmp_path)
+    (scratch / "unet_1-000002.pt").unlink()
+    probe, values = toy.probe, config.read_yaml(config.root() / "params.yaml")
+    values["models"]["shapes"] |= {"pipeline": str(folder / "pipeline"), "judge": str(SHIPPED / "judge"), "similarity": str(SHIPPED / "similarity")}
+    values["models"]["shapes"]["prompts"] = str(SHIPPED / "prompts")
+    pool_sizes = {"n_prompts": {"val": probe.prompts}, "M": probe.images, "num_inference_steps": probe.num_inference_steps}
+    values |= {"pool": values["pool"] | pool_sizes, "renoise": {"timesteps": probe.timesteps, "noises": 1}, "seed": toy.seed}
+    values["estimators"] = values["pretrain"]["probe"]["estimators"]
+    values["set"] |= {"paper": "orthogonal", "best": "standard"}
+    ranking = pretraining.learning_curve(toy, folder=folder, scratch=scratch)["ranking"].query("category == 'color'")
+    monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
+    params = config.read(values)
+    pool.build(params, "color")
+    expected = scores.build(params, "color")
+    assert list(ranking["prompt"]) == list(expected["prompt"])
+    for name in ("judge", *probe.estimators):
+        assert ranking[name].to_numpy() == pytest.approx(expected[name].to_numpy(), rel=1e-3, abs=1e-4), name
 
 
 def test_an_unknown_entry_of_pretrain_is_named():
