@@ -101,14 +101,15 @@ class MixtureWorld:
     def information(self, *, n: int, generator: torch.Generator, timestep: int | None = None, time: float = 0.0) -> tuple[float, float]:
         """MI between prompt and z_t in nats, the mean over p of KL(q_t(z|p) || q_t(z)), and its standard error; t as in `log_ratio`.
 
-        E over z ~ q_t(z) of sum_p q(p|z) log q_t(z|p) / q_t(z), by `n` samples; the sum over prompts is exact.
+        E over z ~ q_t(z) of sum_p q(p|z) log q_t(z|p) / q_t(z), by `n` samples; the sum over prompts is exact, and q(p|z) = q(z|p) / K q(z).
         """
         k = len(self.means)
         z = self.draw(torch.randint(k, (n,), generator=generator), generator)
         signal, sigma = self._signal_and_noise(z, timestep, time)
         z = signal * z + sigma * torch.randn(z.shape, generator=generator)
-        ratio = torch.stack([self.log_ratio(z, [prompt] * n, timestep, time=time) for prompt in range(k)], -1).double()
-        values = (ratio.exp() * ratio).mean(-1)
+        found = self._joint(z, signal, sigma, self.null).double().softmax(-1)  # q(k|z)
+        ratio = k * found @ self.encode(range(k)).tensors["weights"].double().T  # q(z|p) / q(z) = sum_k pi(k|p) q(k|z) / (1 / K)
+        values = torch.xlogy(ratio, ratio).mean(-1)
         return float(values.mean()), float(values.std() / math.sqrt(n))
 
     def _signal_and_noise(self, latents: torch.Tensor, timestep: int | None, time: float) -> tuple[torch.Tensor, torch.Tensor]:

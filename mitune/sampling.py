@@ -60,6 +60,20 @@ class Sampler:
     def __len__(self) -> int:
         return len(self.kernels)
 
+    def path_drift(self, orthogonal: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """The path increments (..., S) of `Samples` without their noise: (2w - 1) k_i ||eps_c - eps_u||^2, k_i = gain_i^2 / (2 sigma_i^2); 0 at the last step.
+
+        From the `orthogonal` terms (..., S) of trajectories sampled with guidance w; nats, float64. The noise left out is
+        sqrt(2 k_i) (eps_c - eps_u) . n, of mean zero and variance 2 k_i ||eps_c - eps_u||^2 given z_i.
+
+        Raises:
+            ValueError: a deterministic chain, which has no path.
+        """
+        if not all(kernel.sigma > 0 for kernel in self.kernels[:-1]):
+            raise ValueError("a deterministic chain has no path: its steps have sigma = 0")
+        rates = torch.tensor([kernel.gain**2 / (2 * kernel.sigma**2) for kernel in self.kernels[:-1]] + [0.0], dtype=torch.float64)
+        return (2 * guidance_scale - 1) * rates * orthogonal.double()
+
 
 @dataclass(frozen=True)
 class Samples:

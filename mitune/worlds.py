@@ -5,7 +5,7 @@
 | a table | a row an image: `world`, `prompt`, `unit` (both), `aligned`, `exact` (MI of the world), `log_ratio` (of the image), each estimate; nats |
 | `orthogonal_renoised`, `standard` | at re-noised copies of the image |
 | `orthogonal_trajectory`, `path` | along the trajectory that made it |
-| `path_drift` | the path without its noise of mean zero: (2w - 1) sum_i gain_i^2 / (2 sigma_i^2) (eps_c - eps_u)^2, w the guidance scale |
+| `path_drift` | the path without its noise of mean zero (`Sampler.path_drift`) |
 | `start` | MI of z_0 in that world |
 | `standard_t300`, `path_t300` | t > 300 only |
 | `flow_orthogonal`, `flow_standard`, `flow_inner_product` | at re-noised copies by a rectified flow of the same mixture |
@@ -66,9 +66,8 @@ def sampled(world: MixtureWorld, *, images: int, guidance_scale: float, num_infe
     options = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "generators": generators, "terms": True, "batch_size": images}
     samples, abar = sample(world, world.encode(prompts), world.null, **options), world.alphas_cumprod
     along = {name: estimate(getattr(samples, form), samples.timesteps, abar, form=form, t_min=t_min) for name, (form, t_min) in TRAJECTORY.items()}
-    drift = [kernel.gain**2 / (2 * kernel.sigma**2) for kernel in Sampler.of(abar, num_inference_steps).kernels[:-1]]
     values = {name: found.value for name, found in along.items()}
-    values["path_drift"] = (2 * guidance_scale - 1) * (samples.orthogonal[:, :-1].double() @ torch.tensor(drift, dtype=torch.float64))
+    values["path_drift"] = Sampler.of(abar, num_inference_steps).path_drift(samples.orthogonal, guidance_scale).sum(-1)
     values |= renoised(world, prompts, samples.latents, timesteps=timesteps, seed=seed)
     return _table(world, prompts, samples.latents, world.posterior(samples.latents, world.null).argmax(-1), values)
 

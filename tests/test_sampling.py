@@ -162,6 +162,22 @@ def test_a_deterministic_sampler_has_no_path(world):
         estimate(samples.path, samples.timesteps, world.alphas_cumprod, form="path")
 
 
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
+def test_a_path_is_its_drift_and_the_noise_of_its_steps(world, w):
+    """path_i - drift_i = -sqrt(2 k_i) (eps_c - eps_u) . n_i, at the first step, whose z_T and noise are known."""
+    sampler = Sampler.of(world.alphas_cumprod, 5)
+    samples = draw(world, [0, 1, 2], guidance_scale=w, generators=generators())
+    drift = sampler.path_drift(samples.orthogonal, w)
+    noises = [(torch.randn((4, 2, 2), generator=g), torch.randn((5, 4, 2, 2), generator=g)[0]) for g in generators()]
+    z, n = (torch.stack(part) for part in zip(*noises, strict=True))
+    gap = world.eps(z, int(sampler.timesteps[0]), world.encode([0, 1, 2])) - world.eps(z, int(sampler.timesteps[0]), world.null)
+    noise = -sampler.kernels[0].gain / sampler.kernels[0].sigma * (gap * n).flatten(1).sum(1)
+    assert_close(samples.path[:, 0] - drift[:, 0].float(), noise, rtol=1e-3, atol=1e-4)
+    assert (drift[:, -1] == 0).all()
+    with pytest.raises(ValueError, match="no path"):
+        Sampler.of(world.alphas_cumprod, 5, deterministic=True).path_drift(samples.orthogonal, w)
+
+
 def test_samples_follow_the_worlds_law(world):
     """Unguided, many steps: mean and variance of q(z|p)."""
     latents = sample(
