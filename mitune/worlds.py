@@ -1,4 +1,4 @@
-"""Estimators held against exact worlds: tables of images whose point-wise MI is known, and what the orthogonal form makes of two components.
+"""Estimators held against exact worlds: tables of images whose point-wise MI is known, and what each form makes of two components.
 
 | here | meaning |
 |---|---|
@@ -169,6 +169,19 @@ def squared_gap(logit, caption_error: float) -> np.ndarray:
     return (conditional - unconditional) ** 2
 
 
+def height(logit, caption_error: float) -> np.ndarray:
+    """log r(l) = log 2 ((1 - e) sigmoid(l) + e sigmoid(-l)): the log-ratio of an image of logit l, nats."""
+    logit = np.asarray(logit, dtype=float)
+    return np.log(2 * ((1 - caption_error) / (1 + np.exp(-logit)) + caption_error / (1 + np.exp(logit))))
+
+
+def expected_standard(logit, caption_error: float, *, low: float, high: float, nodes: int = 40) -> np.ndarray:
+    """log r(l_0) - E log r(l_0 low / high + sqrt(low (1 - low / high)) n), nats: the standard form of an image of last logit l_0 (N,), n as below."""
+    n, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    bridge = np.asarray(logit, dtype=float)[..., None] * low / high + math.sqrt(low * (1 - low / high)) * n
+    return height(logit, caption_error) - height(bridge, caption_error) @ weights / math.sqrt(2 * math.pi)
+
+
 def expected_orthogonal(logit, caption_error: float, *, low: float, high: float, steps: int = 200, nodes: int = 40) -> np.ndarray:
     """f(l_0) = 1/2 int_low^high E g(l_0 D / high + sqrt(D (1 - D / high)) n) dD, nats: the orthogonal form of an image of last logit l_0 (N,).
 
@@ -188,7 +201,7 @@ def predict(caption_error: float, *, low: float, high: float, points: int = 201)
     logit = np.linspace(-high / 2 - 5 * math.sqrt(high), high / 2 + 5 * math.sqrt(high), points)
     value = expected_orthogonal(logit, caption_error, low=low, high=high)
     aligned, misaligned = (_normalised(np.exp(-((logit - sign * high / 2) ** 2) / (2 * high))) for sign in (1, -1))
-    ratio = np.log(2 * ((1 - caption_error) / (1 + np.exp(-logit)) + caption_error / (1 + np.exp(logit))))
+    ratio = height(logit, caption_error)
     both = (1 - caption_error) * aligned + caption_error * misaligned
     centred = [column - both @ column for column in (value, ratio)]
     correlation = both @ (centred[0] * centred[1]) / math.sqrt((both @ centred[0] ** 2) * (both @ centred[1] ** 2))

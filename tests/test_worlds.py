@@ -60,12 +60,14 @@ def test_evidence_falls_as_the_integral_says(world):
 
 
 @pytest.mark.parametrize("error", [0.0, 0.2])
-def test_the_estimator_is_the_predicted_function_of_the_last_logit(error):
+def test_each_form_is_the_predicted_function_of_the_last_logit(error):
     world = worlds.random_world(**SIZES | {"caption_error": error}, seed=0)
     low, high, logits = worlds.evidence(world, 999), worlds.evidence(world), torch.tensor([-8.0, -2.0, 4.0, 12.0])
     latents = worlds.at_logits(world, logits).repeat_interleave(400, 0)
-    measured = worlds.renoised(world, [0] * 1600, latents, timesteps=100)["orthogonal_renoised"].reshape(4, 400).mean(1)
-    np.testing.assert_allclose(measured, worlds.expected_orthogonal(logits, error, low=low, high=high), rtol=0.06)
+    measured = worlds.renoised(world, [0] * 1600, latents, timesteps=100)
+    orthogonal, standard = (measured[form].reshape(4, 400).mean(1) for form in ("orthogonal_renoised", "standard"))
+    np.testing.assert_allclose(orthogonal, worlds.expected_orthogonal(logits, error, low=low, high=high), rtol=0.06)
+    np.testing.assert_allclose(standard, worlds.expected_standard(logits, error, low=low, high=high), rtol=0.03, atol=0.1)
 
 
 def test_predicted_means_average_to_the_information(world):
