@@ -39,6 +39,8 @@ SCHEMAS: dict[str, dict[str, pa.DataType]] = {
         **_SCENE,
         **_ALIGNMENT,
     },  # and each estimator and its standard error (`_se`), in nats
+    "candidates": {"category": TEXT, "split": TEXT, "guidance_scale": REAL, **_IMAGE, **_SCENE, **_ALIGNMENT},
+    "rendered": {"category": TEXT, "split": TEXT, **_IMAGE, **_SCENE, "drawn": TEXT, "error": TEXT, "aligned": TRUTH},  # drawn: the caption that is true
     "sets": {"category": TEXT, "arm": TEXT, "draw": WHOLE, **_IMAGE, "why": TEXT},
     "curve": {"category": TEXT, "arm": TEXT, "step": WHOLE, "loss": REAL, "grad_norm": REAL},
     "images": {"category": TEXT, "arm": TEXT, "split": TEXT, "guidance_scale": REAL, **_IMAGE, **_SCENE, **_ALIGNMENT, "failure": TEXT},
@@ -68,6 +70,16 @@ class Results:
 
     def scores(self, category: str) -> Path:
         return self.folder / "scores" / category / "scores.parquet"
+
+    def candidates(self, category: str) -> Path:
+        return self.folder / "information" / category / "candidates.parquet"
+
+    def rendered(self, category: str) -> Path:
+        return self.folder / "information" / category / "rendered.parquet"
+
+    def information(self, category: str) -> Path:
+        """The terms of the rows of `candidates` and of `rendered`."""
+        return self.folder / "information" / category / "terms.safetensors"
 
     def sets(self, category: str) -> Path:
         return self.folder / "sets" / f"{category}.parquet"

@@ -162,7 +162,30 @@ def _put(phrases: tuple[Phrase, ...], n: int, phrase: Phrase) -> tuple[Phrase, .
     return (*phrases[:n], phrase, *phrases[n + 1 :])
 
 
-def corrupt(caption: Caption, generator: torch.Generator, *, kinds: tuple[str, ...] = ("swap", "replace", "layout")) -> Caption | None:
-    """One wrong version of `caption`: a kind first, then an error of that kind; None if no kind applies."""
+def mistake(caption: Caption, generator: torch.Generator, *, kinds: tuple[str, ...]) -> tuple[str, Caption] | None:
+    """One wrong version of `caption` after its kind: a kind is drawn first, then an error of that kind; None if no kind applies."""
     errors = {kind: found for kind, found in corruptions(caption).items() if kind in kinds and found}
-    return pick(generator, errors[pick(generator, tuple(errors))]) if errors else None
+    if not errors:
+        return None
+    kind = pick(generator, tuple(errors))
+    return kind, pick(generator, errors[kind])
+
+
+def corrupt(caption: Caption, generator: torch.Generator, *, kinds: tuple[str, ...] = ("swap", "replace", "layout")) -> Caption | None:
+    """The wrong version of `caption` that `mistake` draws; None if no kind applies."""
+    found = mistake(caption, generator, kinds=kinds)
+    return found and found[1]
+
+
+def is_drawable(caption: Caption) -> bool:
+    """Whether a scene can show it: inside another lies only an object that may be small, in a container that may be big."""
+    if caption.relation != "inside":
+        return True
+    inner, outer = caption.phrases
+    return outer.shape in CONTAINERS and inner.size != "big" and outer.size != "small"
+
+
+def components(caption: Caption) -> tuple[Caption, ...]:
+    """What a caption says, piece by piece: its noun phrases, and the relation of the bare shapes ("a circle above a star") if there is one."""
+    relation = (Caption(tuple(Phrase(phrase.shape) for phrase in caption.phrases), caption.relation),) if caption.relation else ()
+    return (*(Caption((phrase,)) for phrase in caption.phrases), *relation)

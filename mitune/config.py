@@ -75,6 +75,24 @@ class Estimator:
 
 
 @dataclass(frozen=True)
+class ValAndTest:
+    val: Count
+    test: Count
+
+
+@dataclass(frozen=True)
+class Information:
+    n_prompts: ValAndTest
+    M: Annotated[int, Range(3)]
+    guidance_scales: tuple[Scale, ...]
+    num_inference_steps: Steps
+    timesteps: Count
+    rendered: Several
+    shard_prompts: Count
+    batch_size: Count
+
+
+@dataclass(frozen=True)
 class Set:
     k: Count
     random_draws: Count
@@ -175,6 +193,7 @@ class Params:
     arms: tuple[str, ...]
     finetune: Finetune
     evaluate: Evaluate
+    information: Information
     exact_worlds: ExactWorlds
     pretrain: dict[str, Any]  # checked by mitune.pretraining, which alone reads it
 
@@ -307,11 +326,16 @@ def _check_estimators(given: Mapping[str, Any]) -> None:
 
 
 def _check_sizes(given: Mapping[str, Any]) -> None:
-    pool, chosen, finetune, exact_worlds = (given.get(name) for name in ("pool", "set", "finetune", "exact_worlds"))
+    pool, chosen, finetune, information, exact_worlds = (given.get(name) for name in ("pool", "set", "finetune", "information", "exact_worlds"))
     if pool and (unknown := sorted(set(pool.n_prompts) - {"train", "val", "test"})):
         raise ValueError(f"unknown key pool.n_prompts.{unknown[0]}: the splits are train, val, test")
     if pool and chosen and chosen.k > pool.M:
         raise ValueError(f"set.k is {chosen.k} and pool.M is {pool.M}: no more images can be selected than were made; lower set.k or raise pool.M")
+    if pool and information and pool.guidance_scale not in information.guidance_scales:
+        scales = ", ".join(f"{scale:g}" for scale in information.guidance_scales)
+        raise ValueError(f"information.guidance_scales is {scales}: it must have pool.guidance_scale ({pool.guidance_scale:g}), where phrases are measured")
+    if information and len(set(information.guidance_scales)) < len(information.guidance_scales):
+        raise ValueError(f"information.guidance_scales has an entry twice: {', '.join(f'{scale:g}' for scale in information.guidance_scales)}")
     if exact_worlds and exact_worlds.flow.low >= exact_worlds.flow.high:
         raise ValueError(f"exact_worlds.flow is {exact_worlds.flow.low} to {exact_worlds.flow.high}: low must be below high")
     if finetune:

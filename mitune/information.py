@@ -25,12 +25,13 @@ over t from `low` to `high` the MI of z_low less that of z_high. Three terms hav
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from mitune import config
 from mitune.models import Conditioning, Denoiser, Flow, flow_signal_and_noise, signal_and_noise
 
 FORMS = ("orthogonal", "standard", "path")
@@ -173,12 +174,55 @@ def renoised_terms(
         {"orthogonal": (N, R), "standard": (N, R)}, float32, on the CPU.
     """
 
-    def terms(z_0, t, n, prompts, others):
+    def terms(rows, z_0, t, n):
         signal, sigma = signal_and_noise(denoiser.alphas_cumprod, t, n)
-        eps_cond, eps_null = both_branches(denoiser, signal * z_0 + sigma * n, t, prompts, others)
+        eps_cond, eps_null = both_branches(denoiser, signal * z_0 + sigma * n, t, conditioning[rows], _of_rows(null, rows))
         return {"orthogonal": orthogonal_terms(eps_cond, eps_null), "standard": standard_terms(n, eps_cond, eps_null)}
 
-    return _of_copies(terms, latents, conditioning, null, timesteps, noise, denoiser.device, batch_size, progress)
+    _check(latents, conditioning, null)
+    return _of_copies(terms, latents, timesteps, noise, denoiser.device, batch_size, progress)
+
+
+@torch.inference_mode()
+def phrase_terms(
+    denoiser: Denoiser, latents: torch.Tensor, conditioning: Conditioning, null: Conditioning, phrases: Sequence[Conditioning], *,
+    timesteps: torch.Tensor, noise: torch.Tensor | Callable[[int], torch.Tensor], batch_size: int = 256, progress: Callable[[int], object] | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """The terms of `renoised_terms`, and those of each prompt's phrases at the same z_t; arguments as there, `phrases` one Conditioning a latent.
+
+    CompLift (2505.13740) asks a prompt phrase by phrase: standard |n - eps_u|^2 - |n - eps_phrase|^2, and its variance-reduced form
+    |eps_p - eps_u|^2 - |eps_p - eps_phrase|^2, the whole prompt's prediction in the place of the noise. That of the whole prompt itself
+    is the orthogonal term.
+
+    Returns:
+        {"orthogonal": (N, R), "standard": (N, R), "phrase_standard": (N, P, R), "phrase_reduced": (N, P, R)}, float32, on the CPU, P the most
+        phrases of a prompt; nan where one has fewer.
+
+    Raises:
+        ValueError: not as many prompts, or lists of phrases, as latents.
+    """
+    _check(latents, conditioning, null)
+    if len(phrases) != len(latents):
+        raise ValueError(f"{len(latents)} latents, {len(phrases)} lists of phrases; give each latent the phrases of its prompt")
+    counts, every = torch.tensor([len(own) for own in phrases]), Conditioning.cat(phrases)
+    first = counts.cumsum(0) - counts
+
+    def terms(rows, z_0, t, n):
+        copy = torch.arange(len(rows)).repeat_interleave(counts[rows])  # of each phrase asked
+        place = torch.cat([torch.arange(count) for count in counts[rows].tolist()])
+        asked = Conditioning.cat([_of_rows(null, rows), conditioning[rows], every[first[rows][copy] + place]])
+        signal, sigma = signal_and_noise(denoiser.alphas_cumprod, t, n)
+        z_t, at = signal * z_0 + sigma * n, torch.cat([torch.arange(len(rows)).repeat(2), copy])
+        null_eps, prompt_eps, phrase_eps = denoiser.eps(z_t[at], t[at], asked).split([len(rows), len(rows), len(copy)])
+        found = {"orthogonal": orthogonal_terms(prompt_eps, null_eps), "standard": standard_terms(n, prompt_eps, null_eps)}
+        for form, target in {"standard": n, "reduced": prompt_eps}.items():
+            padded = torch.full((len(rows), int(counts.max())), float("nan"))
+            padded[copy, place] = standard_terms(target[copy], phrase_eps, null_eps[copy]).cpu()
+            found[f"phrase_{form}"] = padded
+        return found
+
+    found = _of_copies(terms, latents, timesteps, noise, denoiser.device, batch_size, progress)
+    return {name: values.movedim(1, -1) for name, values in found.items()}
 
 
 @torch.inference_mode()
@@ -192,13 +236,14 @@ def flow_terms(
         {"orthogonal": (N, R), "standard": (N, R), "inner_product": (N, R)}, float32, on the CPU.
     """
 
-    def terms(z_0, t, n, prompts, others):
+    def terms(rows, z_0, t, n):
         signal, sigma = flow_signal_and_noise(t, n)
-        v_cond, v_null = _both(flow.velocity, signal * z_0 + sigma * n, t, prompts, others)
+        v_cond, v_null = _both(flow.velocity, signal * z_0 + sigma * n, t, conditioning[rows], _of_rows(null, rows))
         forms = {"orthogonal": orthogonal_terms(v_cond, v_null), "standard": standard_terms(n - z_0, v_cond, v_null)}
         return forms | {"inner_product": inner_product_terms(v_cond, v_null)}
 
-    return _of_copies(terms, latents, conditioning, null, torch.as_tensor(times).float(), noise, flow.device, batch_size, progress)
+    _check(latents, conditioning, null)
+    return _of_copies(terms, latents, torch.as_tensor(times).float(), noise, flow.device, batch_size, progress)
 
 
 def estimate(terms: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, *, form: str, t_min: int = 0, variant: str = "paper") -> Estimate:
@@ -226,6 +271,13 @@ def estimate(terms: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch
     return _estimate(profile * kappa(alphas_cumprod, timesteps, variant), timesteps)
 
 
+def query(estimator: config.Estimator, terms: Mapping[str, torch.Tensor], alphas_cumprod: torch.Tensor) -> Estimate:
+    """What an entry of `estimators` in params.yaml asks of stored terms: forms (..., S) at `timesteps` (S,), `renoised_` ones at `renoised_timesteps`."""
+    prefix = "renoised_" if estimator.latents == "renoised" else ""
+    stored, timesteps = terms[prefix + estimator.form], terms[f"{prefix}timesteps"]
+    return estimate(stored, timesteps, alphas_cumprod, form=estimator.form, t_min=estimator.t_min, variant=estimator.kappa or "paper")
+
+
 def flow_estimate(terms: torch.Tensor, times: torch.Tensor, *, low: float = 0.0, high: float = 1.0) -> Estimate:
     """Point-wise MI of z_low less that of z_high, in nats, from any form's terms (..., S) at `times` (S,), evenly spaced or drawn uniformly in low..high.
 
@@ -251,15 +303,19 @@ def _estimate(profile: torch.Tensor, timesteps: torch.Tensor, scale: int = 1) ->
 
 def _both(predict: Callable[..., torch.Tensor], latents, timesteps, conditioning: Conditioning, null: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
     """The conditional and the unconditional prediction, in one call of `predict(latents, timesteps, conditioning)`."""
-    twice = Conditioning.cat([conditioning, null if len(null) == len(conditioning) else null[[0] * len(conditioning)]])
+    twice = Conditioning.cat([conditioning, _of_rows(null, torch.arange(len(conditioning)))])
     timesteps = timesteps.repeat(2) if isinstance(timesteps, torch.Tensor) and timesteps.ndim else timesteps
     cond, uncond = predict(latents.repeat(2, 1, 1, 1), timesteps, twice).chunk(2)
     return cond, uncond
 
 
-def _of_copies(measure: Callable[..., dict[str, torch.Tensor]], latents, conditioning, null, timesteps, noise, device, batch_size, progress):
-    """What `measure(z_0, t, noise, conditioning, null)` gives of each image with each noise, by form (N, R); arguments as of `renoised_terms`."""
-    _check(latents, conditioning, null)
+def _of_rows(null: Conditioning, rows: torch.Tensor) -> Conditioning:
+    """The null prompts of some latents, one each, whether all share one or each has its own."""
+    return null[[0] * len(rows)] if len(null) == 1 else null[rows]
+
+
+def _of_copies(measure: Callable[..., dict[str, torch.Tensor]], latents, timesteps, noise, device, batch_size, progress):
+    """What `measure(rows, z_0, t, noise)` gives of each image with each noise, by form (N, R, ...); arguments as of `renoised_terms`."""
     timesteps, step = torch.as_tensor(timesteps), max(batch_size // len(timesteps), 1)
     draw = noise if callable(noise) else noise.__getitem__
     parts: list[dict[str, torch.Tensor]] = []
@@ -267,11 +323,11 @@ def _of_copies(measure: Callable[..., dict[str, torch.Tensor]], latents, conditi
         rows = torch.arange(start, min(start + step, len(latents)))
         pairs = (rows.repeat_interleave(len(timesteps)), timesteps.repeat(len(rows)), torch.cat([draw(int(row)) for row in rows]))
         for row, t, n in zip(*(part.split(batch_size) for part in pairs), strict=True):
-            measured = measure(latents[row].to(device), t.to(device), n.to(device), conditioning[row], null if len(null) == 1 else null[row])
+            measured = measure(row, latents[row].to(device), t.to(device), n.to(device))
             parts.append({form: values.cpu() for form, values in measured.items()})
         if progress:
             progress(len(rows))
-    return {form: torch.cat([part[form] for part in parts]).reshape(len(latents), len(timesteps)) for form in parts[0]}
+    return {form: torch.cat([part[form] for part in parts]).unflatten(0, (len(latents), len(timesteps))) for form in parts[0]}
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:

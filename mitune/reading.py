@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.nn import functional
 
 from mitune import config
 from mitune.artifacts import Results, read_table, read_tensors, write_json, write_metrics
@@ -16,7 +17,7 @@ from mitune.statistics import Interval
 
 
 def tables(params, kind: str) -> pd.DataFrame:
-    """One table over all categories; `kind` is scores, sets or images, or curve, which every arm has one of."""
+    """One table over all categories; `kind` is scores, candidates, rendered, sets or images, or curve, which every arm has one of."""
     results = Results(params.model)
     cells = itertools.product(params.categories, params.arms) if kind == "curve" else zip(params.categories)
     return pd.concat([read_table(getattr(results, kind)(*cell), kind) for cell in cells], ignore_index=True)
@@ -34,6 +35,21 @@ def terms(params, scores: pd.DataFrame) -> dict[str, torch.Tensor]:
         parts.append(pool | read_tensors(results.terms(category, split)))
     shared = ("timesteps", "renoised_timesteps")
     return {name: value if name in shared else torch.cat([part[name].flatten(0, 1) for part in parts]) for name, value in parts[0].items()}
+
+
+def information_terms(params) -> dict[str, torch.Tensor]:
+    """What stage `information` stored, over all categories as `tables` joins them, no kappa. Of the rows of `candidates`: `orthogonal`, `path`
+    (N, S) and `renoised_{form}` (N, R). Of those at the study's guidance: `{kind}_{form}` (N', R) by kind of noise, and `phrase_{form}` (N', P, R),
+    nan where a prompt has fewer phrases than P. Of the rows of `rendered`: `rendered_{form}` (N'', R). `timesteps` (S,), `renoised_timesteps` (R,).
+    """
+    parts = [read_tensors(Results(params.model).information(category)) for category in params.categories]
+
+    def joined(name: str) -> torch.Tensor:
+        values = [part[name] for part in parts]
+        most = max(value.shape[-2] for value in values) if name.startswith("phrase_") else 0
+        return torch.cat([functional.pad(value, (0, 0, 0, most - value.shape[-2]), value=float("nan")) if most else value for value in values])
+
+    return {name: value if name.endswith("timesteps") else joined(name) for name, value in parts[0].items()}
 
 
 def pictures(params, category: str, split: str, rows: list[int]):

@@ -26,6 +26,11 @@ def noise_generator(seed: int, prompt: str, image: int, stream: str = "sample") 
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
+def noises(owners: Sequence[tuple[str, int]], count: int, shape: tuple[int, int, int], *, seed: int, stream: str) -> torch.Tensor:
+    """`count` noises (N, count, C, H, W) of each (prompt, image), from the generator that `noise_generator` gives it."""
+    return torch.stack([torch.randn((count, *shape), generator=noise_generator(seed, prompt, image, stream)) for prompt, image in owners])
+
+
 @dataclass(frozen=True)
 class Sampler:
     """A respaced reverse chain: its timesteps (S,), descending, and each step's kernel."""

@@ -45,6 +45,45 @@ def test_corruptions_are_wrong_by_one_error(sampled):
                 assert ([p.shape for p in other.phrases] != [p.shape for p in caption.phrases]) == (kind == "object")
 
 
+def test_a_mistake_names_its_kind(sampled):
+    generator = torch.Generator().manual_seed(1)
+    for caption in sampled:
+        kind, wrong = captions.mistake(caption, generator, kinds=("swap", "replace", "layout", "object"))
+        assert wrong in captions.corruptions(caption)[kind]
+    assert captions.mistake(captions.parse("a circle and a star"), generator, kinds=("swap", "layout")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a red circle", ["a red circle"]),
+        ("a red circle and a blue star", ["a red circle", "a blue star"]),
+        ("a circle above a star", ["a circle", "a star", "a circle above a star"]),
+        (
+            "a small red solid star inside a big blue dotted circle",
+            ["a small red solid star", "a big blue dotted circle", "a star inside a circle"],
+        ),
+    ],
+)
+def test_components_are_the_noun_phrases_and_the_bare_relation(text, parts):
+    assert [str(part) for part in captions.components(captions.parse(text))] == parts
+
+
+@pytest.mark.parametrize(
+    ("text", "drawable"),
+    [
+        ("a star inside a circle", True),
+        ("a small star inside a big circle", True),
+        ("a circle inside a star", False),
+        ("a big star inside a big circle", False),
+        ("a small star inside a small circle", False),
+        ("a big star touching a small moon", True),
+    ],
+)
+def test_only_a_small_object_in_a_container_lies_inside(text, drawable):
+    assert captions.is_drawable(captions.parse(text)) == drawable
+
+
 def test_swapped_attributes_stay_with_their_words():
     swapped = captions.corruptions(captions.parse("a red circle and a blue star"))["swap"]
     assert [str(caption) for caption in swapped] == ["a blue circle and a red star"]

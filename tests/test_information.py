@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Normal
 from torch.testing import assert_close
 
+from mitune.config import Estimator
 from mitune.information import (
     Kernel,
     both_branches,
@@ -20,6 +21,8 @@ from mitune.information import (
     kappa,
     orthogonal_terms,
     path_terms,
+    phrase_terms,
+    query,
     renoised_terms,
     renoised_timesteps,
     standard_terms,
@@ -152,6 +155,53 @@ def test_another_prompt_in_place_of_the_empty_one(world):
     against = renoised_terms(world, latents, true, wrong, **arguments)["standard"]
     apart = [renoised_terms(world, latents, said, world.null, **arguments)["standard"] for said in (true, wrong)]
     assert_close(against, apart[0] - apart[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_phrase_terms_are_the_definition_whatever_the_batch(world, batch_size):
+    latents, noise, timesteps = normal(3, 4, 2, 2), normal(3, 4, 4, 2, 2, seed=1), torch.tensor([10, 300, 300, 999])
+    conditioning, asked = world.encode([0, 1, 2]), [[1, 0], [2], [0, 1]]
+    arguments = {"timesteps": timesteps, "noise": noise, "batch_size": batch_size}
+    found = phrase_terms(world, latents, conditioning, world.null, [world.encode(own) for own in asked], **arguments)
+    for form, values in renoised_terms(world, latents, conditioning, world.null, **arguments).items():
+        assert_close(found[form], values)
+    assert found["phrase_standard"].shape == found["phrase_reduced"].shape == (3, 2, 4)
+    for row, own in enumerate(asked):
+        for r, t in enumerate(timesteps.tolist()):
+            z_t = ABAR[t].sqrt() * latents[[row]] + (1 - ABAR[t]).sqrt() * noise[[row], r]
+            eps_prompt, eps_null = world.eps(z_t, t, conditioning[[row]]), world.eps(z_t, t, world.null)
+            for place, phrase in enumerate(own):
+                eps_phrase = world.eps(z_t, t, world.encode([phrase]))
+                for form, target in (("standard", noise[[row], r]), ("reduced", eps_prompt)):
+                    expected = ((target - eps_null) ** 2).sum() - ((target - eps_phrase) ** 2).sum()
+                    assert_close(found[f"phrase_{form}"][row, place, r], expected, rtol=1e-3, atol=1e-3)
+    assert found["phrase_standard"][1, 1].isnan().all() and found["phrase_reduced"][1, 1].isnan().all()
+    assert sum(values.isnan().sum() for values in found.values()) == 2 * 4
+
+
+def test_the_whole_prompt_as_its_own_phrase(tiny_pipeline):
+    """Its reduced form is the orthogonal term, its standard form the standard one."""
+    model, texts = load(tiny_pipeline), ["a red circle", "a star"]
+    conditioning = model.encode(texts)
+    arguments = {"timesteps": torch.tensor([30, 600]), "noise": normal(2, 2, 4, 8, 8, seed=1)}
+    found = phrase_terms(model, normal(2, 4, 8, 8), conditioning, model.null, [conditioning[[0]], conditioning[[1]]], **arguments)
+    assert_close(found["phrase_reduced"][:, 0], found["orthogonal"], rtol=1e-4, atol=1e-6)
+    assert_close(found["phrase_standard"][:, 0], found["standard"], rtol=1e-4, atol=1e-4)
+
+
+def test_phrase_terms_refuse_what_does_not_fit(world):
+    with pytest.raises(ValueError, match="2 latents, 1 lists of phrases"):
+        phrase_terms(world, normal(2, 4, 2, 2), world.encode([0, 1]), world.null, [world.encode([0])], timesteps=torch.tensor([1]), noise=normal(2, 1, 4, 2, 2))
+
+
+def test_a_query_takes_the_terms_that_the_estimator_names():
+    terms = {"orthogonal": normal(3, 2).square(), "renoised_orthogonal": normal(3, 4, seed=1).square(), "timesteps": torch.tensor([900, 100]),
+             "renoised_timesteps": torch.tensor([800, 600, 400, 20])}  # fmt: skip
+    for latents, prefix in (("trajectory", ""), ("renoised", "renoised_")):
+        for variant in ("paper", "authors"):
+            found = query(Estimator("orthogonal", latents, 50, variant), terms, ABAR)
+            expected = estimate(terms[f"{prefix}orthogonal"], terms[f"{prefix}timesteps"], ABAR, form="orthogonal", t_min=50, variant=variant)
+            assert torch.equal(found.value, expected.value)
 
 
 def test_renoised_timesteps_are_the_middles():

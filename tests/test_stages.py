@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
-from mitune import config
+from mitune import captions, config, reading
 from mitune.artifacts import Results, read_table, read_tensors
-from mitune.stages import evaluate, pool, read_prompts, scores, sets
+from mitune.stages import evaluate, information, pool, read_prompts, scores, sets
 
 
 @pytest.fixture
@@ -68,10 +68,47 @@ def test_sets_refer_to_the_best_of_the_pool(params):
     assert read_table(Results(params.model).sets("color"), "sets").equals(chosen[read_table(Results(params.model).sets("color"), "sets").columns])
 
 
+def test_information_has_a_row_for_each_row_of_its_tables(params):
+    for category in params.categories:
+        information.build(params, category)
+    candidates, rendered, stored = reading.tables(params, "candidates"), reading.tables(params, "rendered"), reading.information_terms(params)
+    asked = params.information
+    at_study, r = candidates["guidance_scale"] == params.pool.guidance_scale, asked.timesteps
+    prompts = len(params.categories) * (asked.n_prompts.val + asked.n_prompts.test)
+    assert len(candidates) == prompts * asked.M * len(asked.guidance_scales)
+    for name in ("renoised_orthogonal", "renoised_standard"):
+        assert stored[name].shape == (len(candidates), r)
+    for kind in information.NOISES:
+        assert stored[f"{kind}_standard"].shape == (at_study.sum(), r)
+        assert not torch.equal(stored[f"{kind}_standard"], stored["renoised_standard"][torch.tensor(at_study.tolist())])
+    assert stored["rendered_standard"].shape == (len(rendered), r)
+    phrases = torch.tensor([len(captions.components(captions.parse(text))) for text in candidates["prompt"][at_study]])
+    for form in ("standard", "reduced"):
+        assert torch.equal((~stored[f"phrase_{form}"].isnan()).sum((1, 2)), phrases * r)
+    assert rendered.groupby(["category", "prompt"])["aligned"].mean().eq(0.5).all()
+    assert (rendered["aligned"] == (rendered["drawn"] == rendered["prompt"])).all()
+    assert (rendered["aligned"] == (rendered["error"] == "none")).all()
+    whole = Results(params.model).information("color").read_bytes()
+    Results(params.model).information("color").unlink()
+    information.build(params, "color")
+    assert Results(params.model).information("color").read_bytes() == whole
+
+
+def test_information_draws_the_candidates_of_a_pool(params):
+    """At the study's guidance, with as many steps."""
+    same = dataclasses.replace(params.information, guidance_scales=(params.pool.guidance_scale,), num_inference_steps=params.pool.num_inference_steps)
+    information.build(config.Declared(vars(params) | {"information": same}), "color")
+    pool.build(params, "color")
+    table = scores.build(params, "color").query("split == 'val'")
+    n = min(params.pool.n_prompts["val"], same.n_prompts.val) * params.pool.M
+    ours = reading.tables(config.Declared({"model": params.model, "categories": ("color",)}), "candidates").query("split == 'val'")
+    torch.testing.assert_close(torch.tensor(ours["similarity"].to_numpy()[:n]), torch.tensor(table["similarity"].to_numpy()[:n]), rtol=1e-3, atol=1e-3)
+
+
 def test_the_default_profile_asks_for_no_more_prompts_than_are_shipped():
     params = config.load()
     for category in params.categories:
-        for split, n in params.pool.n_prompts.items():
+        for split, n in (*params.pool.n_prompts.items(), *vars(params.information.n_prompts).items()):
             assert len(read_prompts(params, category, split, n)) == n
 
 

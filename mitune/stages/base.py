@@ -38,11 +38,8 @@ def knows(model, category: str, texts: list[str], config, *, seed: int) -> pd.Da
     """
     generator = torch.Generator().manual_seed(seed)
     true = [grammar.parse(texts[i % len(texts)]) for i in range(config.cases)]
-    rows = []
-    for caption in true:
-        errors = {kind: found for kind, found in grammar.corruptions(caption).items() if found and kind != "replace"}
-        kind = grammar.pick(generator, tuple(errors))
-        rows.append((kind, str(grammar.pick(generator, errors[kind]))))
+    drawn = (grammar.mistake(caption, generator, kinds=("swap", "layout", "object")) for caption in true)
+    rows = [(kind, str(wrong)) for kind, wrong in drawn]
     latents = model.encode_images(scenes.render(scenes.sample_scenes(true, generator), generator))
     timesteps = renoised_timesteps(len(model.alphas_cumprod), config.timesteps)
     noise = torch.randn((len(true), len(timesteps), *model.latent_shape), generator=generator)

@@ -8,7 +8,7 @@ import torch
 from mitune.artifacts import Results, progress, scratch, shards, write_table, write_tensors
 from mitune.sampling import noise_generator, sample
 from mitune.stages import has_split, open_model, path, read_prompts
-from mitune.stages.judging import open_judges, scene
+from mitune.stages.judging import image_rows, judged, open_judges
 
 
 def build(params, category: str) -> pd.DataFrame:
@@ -50,11 +50,7 @@ def _evaluator(model, judges, config, guidance_scale: float, seed: int):
         )  # fmt: skip
         images, texts = model.decode(samples.latents), [item.text for item, _ in rows]
         failures = judges[0].failures(images, texts)
-        values = {
-            "judge": judges[0].score(images, texts),
-            "similarity": judges[1].score(images, texts),
-            "failure": torch.tensor([judges[0].FAILURES.index(failure) for failure in failures]),
-        }
+        values = judged(judges, images, texts) | {"failure": torch.tensor([judges[0].FAILURES.index(failure) for failure in failures])}
         shaped = {name: value.unflatten(0, (len(items), config.images)) for name, value in values.items()}
         return shaped | {"picture": ((images + 1) * 127.5).round().to(torch.uint8).unflatten(0, (len(items), config.images))[:, 0]}
 
@@ -62,8 +58,6 @@ def _evaluator(model, judges, config, guidance_scale: float, seed: int):
 
 
 def _table(values: dict[str, torch.Tensor], items, judge) -> pd.DataFrame:
-    m = values["judge"].shape[1]
-    each = [(item.prompt_id, item.text, scene(item.text), image) for item in items for image in range(m)]
-    table = pd.DataFrame(each, columns=["prompt_id", "prompt", "scene", "image"])
+    table = image_rows(items, values["judge"].shape[1])
     failure = [judge.FAILURES[k] for k in values["failure"].flatten().tolist()]
     return table.assign(judge=values["judge"].flatten().double().numpy(), similarity=values["similarity"].flatten().double().numpy(), failure=failure)

@@ -17,7 +17,7 @@ def build(params, category: str) -> dict[str, tuple[int, ...]]:
     model, pool, shapes = open_model(params), params.pool, {}
     for split, n in pool.n_prompts.items():
         items = read_prompts(params, category, split, n)
-        compute = sampler(model, pool, params.seed)
+        compute = sampler(model, pool, pool.guidance_scale, params.seed)
         key = (pool, params.seed, params.dtype, [item.text for item in items], path(params.models[params.model].pipeline))
         with scratch(f"pool-{category}-{split}", *key) as folder, progress(len(items), f"pool {category} {split}", unit="prompt") as bar:
             tensors = shards(folder, items, pool.shard_prompts, compute, device=params.device, progress=bar)
@@ -27,17 +27,20 @@ def build(params, category: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def sampler(model, pool, seed: int):
-    """For prompts: latents (n, M, C, H, W), terms (n, M, S) and timesteps (n, S) of their candidates."""
+def sampler(model, config, guidance_scale: float, seed: int):
+    """For prompts: latents (n, M, C, H, W), terms (n, M, S) and timesteps (n, S) of their candidates, of the same noise at every guidance scale.
+
+    `config` has M, num_inference_steps and batch_size.
+    """
 
     def compute(items) -> dict[str, torch.Tensor]:
-        rows = [(item, image) for item in items for image in range(pool.M)]
-        conditioning = model.encode([item.text for item in items])[torch.arange(len(items)).repeat_interleave(pool.M)]
+        rows = [(item, image) for item in items for image in range(config.M)]
+        conditioning = model.encode([item.text for item in items])[torch.arange(len(items)).repeat_interleave(config.M)]
         samples = sample(
-            model, conditioning, model.null, guidance_scale=pool.guidance_scale, num_inference_steps=pool.num_inference_steps,
-            generators=[noise_generator(seed, item.text, image) for item, image in rows], terms=True, batch_size=pool.batch_size,
+            model, conditioning, model.null, guidance_scale=guidance_scale, num_inference_steps=config.num_inference_steps,
+            generators=[noise_generator(seed, item.text, image) for item, image in rows], terms=True, batch_size=config.batch_size,
         )  # fmt: skip
-        shaped = {name: getattr(samples, name).unflatten(0, (len(items), pool.M)) for name in ("latents", "orthogonal", "path")}
+        shaped = {name: getattr(samples, name).unflatten(0, (len(items), config.M)) for name in ("latents", "orthogonal", "path")}
         return shaped | {"prompt_ids": torch.tensor([item.prompt_id for item in items]), "timesteps": samples.timesteps.expand(len(items), -1)}
 
     return compute

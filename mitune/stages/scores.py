@@ -6,10 +6,10 @@ import pandas as pd
 import torch
 
 from mitune.artifacts import Results, progress, read_tensors, scratch, shards, write_table, write_tensors
-from mitune.information import estimate, renoised_terms, renoised_timesteps
-from mitune.sampling import noise_generator
+from mitune.information import query, renoised_terms, renoised_timesteps
+from mitune.sampling import noises
 from mitune.stages import open_model, path, read_prompts
-from mitune.stages.judging import open_judges, scene
+from mitune.stages.judging import image_rows, judged, open_judges
 
 
 def build(params, category: str) -> pd.DataFrame:
@@ -39,26 +39,20 @@ def _scorer(model, judges, items, latents, timesteps, params):
         texts, m = [items[row].text for row in rows], latents.shape[1]
         own = torch.arange(len(rows)).repeat_interleave(m)
         candidates = latents[list(rows)].flatten(0, 1)
-        noise = torch.stack([torch.randn((len(timesteps), *model.latent_shape), generator=noise_generator(params.seed, text, 0, "renoise")) for text in texts])
+        noise = noises([(text, 0) for text in texts], len(timesteps), model.latent_shape, seed=params.seed, stream="renoise")
         terms = renoised_terms(
             model, candidates, model.encode(texts)[own], model.null, timesteps=timesteps, noise=noise[own], batch_size=params.pool.batch_size
         )
-        images, captions = model.decode(candidates), [texts[i] for i in own]
-        scores = {name: judge.score(images, captions) for name, judge in zip(("judge", "similarity"), judges, strict=True)}
+        scores = judged(judges, model.decode(candidates), [texts[i] for i in own])
         return {name: values.float().unflatten(0, (len(rows), m)) for name, values in (terms | scores).items()}
 
     return compute
 
 
 def _table(params, category, split, items, terms, scores, alphas_cumprod) -> pd.DataFrame:
-    n, m = scores["judge"].shape
-    columns: dict[str, object] = {"category": category, "split": split}
-    for name, of in {"prompt_id": lambda item: item.prompt_id, "prompt": lambda item: item.text, "scene": lambda item: scene(item.text)}.items():
-        columns[name] = [of(item) for item in items for _ in range(m)]
-    columns |= {"image": list(range(m)) * n, "judge": scores["judge"].flatten().double(), "similarity": scores["similarity"].flatten().double()}
+    columns = {name: scores[name].double() for name in ("judge", "similarity")}
     for name, estimator in params.estimators.items():
-        prefix, steps = ("renoised_", "renoised_timesteps") if estimator.latents == "renoised" else ("", "timesteps")
-        stored, variant = terms[prefix + estimator.form].flatten(0, 1), estimator.kappa or "paper"
-        result = estimate(stored, terms[steps], alphas_cumprod, form=estimator.form, t_min=estimator.t_min, variant=variant)
+        result = query(estimator, terms, alphas_cumprod)
         columns |= {name: result.value, f"{name}_se": result.standard_error}
-    return pd.DataFrame({name: values.numpy() if isinstance(values, torch.Tensor) else values for name, values in columns.items()})
+    table = image_rows(items, scores["judge"].shape[1]).assign(category=category, split=split)
+    return table.assign(**{name: values.flatten().numpy() for name, values in columns.items()})

@@ -1,0 +1,136 @@
+"""Stage `information`: candidates over the guidance scale, their terms by phrase and by kind of noise, and those of rendered scenes, of known truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+
+from mitune import captions as grammar
+from mitune import scenes
+from mitune.artifacts import Results, progress, scratch, shards, write_table, write_tensors
+from mitune.information import phrase_terms, renoised_terms, renoised_timesteps
+from mitune.prompts import Prompt
+from mitune.sampling import noise_generator, noises
+from mitune.stages import open_model, path, read_prompts
+from mitune.stages.judging import image_rows, judged, open_judges
+from mitune.stages.pool import sampler
+
+FORMS = ("orthogonal", "standard")
+NOISES = ("antithetic", "second", "own")  # beside the common noise n of a prompt: -n, another common one, one of each candidate's own
+ERRORS = {"swap": "binding", "replace": "binding", "layout": "layout", "object": "object"}
+
+
+def build(params, category: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Write `information/{category}/`: the tables `candidates` and `rendered`, which are returned, and their terms (`reading.information_terms`)."""
+    model, judges, config, results = open_model(params), open_judges(params), params.information, Results(params.model)
+    items = {split: read_prompts(params, category, split, n) for split, n in vars(config.n_prompts).items()}
+    texts = {split: [item.text for item in of_split] for split, of_split in items.items()}
+    source = params.models[params.model]
+    total = (len(config.guidance_scales) + 1) * sum(map(len, items.values()))
+    asked = {scale: _candidates(model, judges, params, scale) for scale in config.guidance_scales} | {"rendered": _rendered(model, params)}
+    key = (config, params.pool.guidance_scale, params.seed, params.dtype, texts, *map(path, (source.pipeline, source.judge, source.similarity)))
+    with scratch(f"information-{category}", *key) as folder, progress(total, f"information {category}", unit="prompt") as bar:
+        cells = {
+            (split, what): shards(folder / f"{split}-{what}", of_split, config.shard_prompts, compute, device=params.device, progress=bar)
+            for split, of_split in items.items()
+            for what, compute in asked.items()
+        }
+        candidates, rendered = _tables(params, category, items, cells)
+        write_table(candidates, results.candidates(category), "candidates")
+        write_table(rendered, results.rendered(category), "rendered")
+        write_tensors(_terms(cells), results.information(category))
+    return candidates, rendered
+
+
+def _candidates(model, judges, params, guidance_scale: float):
+    """For prompts: their candidates' terms (n, M, ...) and alignment scores (n, M); at the study's guidance by phrase and kind of noise too."""
+    config, timesteps = params.information, _timesteps(model, params.information)
+    draw = sampler(model, config, guidance_scale, params.seed)
+
+    def compute(items: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        texts, samples = [item.text for item in items], draw(items)
+        latents, own = samples["latents"].flatten(0, 1), torch.arange(len(items)).repeat_interleave(config.M)
+        conditioning, options = model.encode(texts)[own], {"timesteps": timesteps, "batch_size": config.batch_size}
+        common = _common_noise(model, params, texts)[own]
+        if guidance_scale != params.pool.guidance_scale:
+            found = _named("renoised", renoised_terms(model, latents, conditioning, model.null, noise=common, **options))
+        else:
+            phrases = [model.encode([str(part) for part in grammar.components(grammar.parse(text))]) for text in texts]
+            found = phrase_terms(model, latents, conditioning, model.null, [phrases[row] for row in own.tolist()], noise=common, **options)
+            found |= _named("renoised", {form: found.pop(form) for form in FORMS})
+            each = noises([(text, image) for text in texts for image in range(config.M)], len(timesteps), model.latent_shape, seed=params.seed, stream="own")
+            for kind, noise in zip(NOISES, (-common, _common_noise(model, params, texts, "second")[own], each), strict=True):
+                found |= _named(kind, renoised_terms(model, latents, conditioning, model.null, noise=noise, **options))
+        found |= judged(judges, model.decode(latents), [texts[row] for row in own.tolist()])
+        shaped = {name: values.float().unflatten(0, (len(items), config.M)) for name, values in found.items()}
+        return shaped | {name: samples[name] for name in ("orthogonal", "path", "timesteps")} | {"renoised_timesteps": timesteps.expand(len(items), -1)}
+
+    return compute
+
+
+def _rendered(model, params):
+    """For prompts: the terms (n, rendered, R) of rendered scenes, the noise common to a prompt's. What is drawn, `_drawn` says anew."""
+    config, timesteps = params.information, _timesteps(model, params.information)
+
+    def compute(items: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        texts, own = [item.text for item in items], torch.arange(len(items)).repeat_interleave(config.rendered)
+        pictures = []
+        for text in texts:
+            drawn, generator = _drawn(text, config.rendered, params.seed)
+            pictures.append(scenes.render(scenes.sample_scenes([caption for _, caption in drawn], generator), generator))
+        noise = _common_noise(model, params, texts)[own]
+        found = renoised_terms(
+            model, model.encode_images(torch.cat(pictures)), model.encode(texts)[own], model.null,
+            timesteps=timesteps, noise=noise, batch_size=config.batch_size,
+        )  # fmt: skip
+        return {name: values.unflatten(0, (len(items), config.rendered)) for name, values in _named("rendered", found).items()}
+
+    return compute
+
+
+def _drawn(text: str, count: int, seed: int) -> tuple[list[tuple[str, grammar.Caption]], torch.Generator]:
+    """Of `count` scenes of a prompt its error and the caption that is true of it: half none and the prompt, half one error; and the generator that goes on."""
+    caption, generator = grammar.parse(text), noise_generator(seed, text, 0, "scenes")
+    drawn = [("none", caption)] * (count // 2)
+    while len(drawn) < count:
+        kind, wrong = grammar.mistake(caption, generator, kinds=tuple(ERRORS))
+        if grammar.is_drawable(wrong) and not any(map(grammar.is_held_out, wrong.phrases)):
+            drawn.append((ERRORS[kind], wrong))
+    return drawn, generator
+
+
+def _timesteps(model, config) -> torch.Tensor:
+    return renoised_timesteps(len(model.alphas_cumprod), config.timesteps)
+
+
+def _common_noise(model, params, texts: Sequence[str], stream: str = "renoise") -> torch.Tensor:
+    """Of each prompt (n, R, C, H, W), for all of its images."""
+    return noises([(text, 0) for text in texts], params.information.timesteps, model.latent_shape, seed=params.seed, stream=stream)
+
+
+def _named(kind: str, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{kind}_{form}": values for form, values in terms.items()}
+
+
+def _tables(params, category: str, items: dict[str, list[Prompt]], cells: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows in the order of the terms: by split, of candidates then by guidance scale, then by prompt and image."""
+    config, candidates, rendered = params.information, [], []
+    for split, of_split in items.items():
+        for scale in config.guidance_scales:
+            scores = {name: cells[split, scale][name].flatten().double().numpy() for name in ("judge", "similarity")}
+            candidates.append(image_rows(of_split, config.M).assign(category=category, split=split, guidance_scale=scale, **scores))
+        errors, drawn = zip(*(row for item in of_split for row in _drawn(item.text, config.rendered, params.seed)[0]), strict=True)
+        truth = {"drawn": list(map(str, drawn)), "error": errors, "aligned": [error == "none" for error in errors]}
+        rendered.append(image_rows(of_split, config.rendered).assign(category=category, split=split, **truth))
+    return pd.concat(candidates, ignore_index=True), pd.concat(rendered, ignore_index=True)
+
+
+def _terms(cells: dict) -> dict[str, torch.Tensor]:
+    """The terms of all cells, a row an image; timesteps, which are the same for all, once."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for values in cells.values():
+        for name in values.keys() - {"judge", "similarity"}:
+            parts.setdefault(name, []).append(values[name])
+    return {name: found[0][0] if name.endswith("timesteps") else torch.cat(found).flatten(0, 1) for name, found in parts.items()}
