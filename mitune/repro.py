@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mitune import config, runner
 
-MINUTES = {"base": 3, "pool": 1.2, "scores": 1.2, "sets": 0.1, "finetune": 0.6, "evaluate": 3.8}  # on two cores, until a run has been timed
+MINUTES = {"base": 3, "pool": 1.2, "scores": 1.2, "information": 5, "sets": 0.1, "finetune": 0.6, "evaluate": 3.8}  # on two cores, until a run has been timed
 ARTICLE_MINUTES = 0.4
 _BEGINS = re.compile(r"^Running stage '(?P<stage>[^']+)'|^Stage '(?P<same>[^']+)' (?:didn't change|is cached)")
 

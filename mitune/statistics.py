@@ -6,6 +6,7 @@ whole clusters are resampled. Where several seeds were run, clusters and seeds a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,12 +116,14 @@ def auc_within(score, label, prompt, clusters=None, **bootstrap) -> Interval:
     true for aligned images; prompts whose images are all alike are undefined. `clusters` (N,), each a set of whole prompts, are what
     is resampled where prompts are not independent.
     """
-    label = np.asarray(label)
-    if not np.isin(label, (0, 1)).all():
-        raise ValueError(f"labels must be true or false, got {np.unique(label)[:4].tolist()}; compare the score with its threshold first")
-    score, label, prompt = _aligned(score, label.astype(float), prompt)
-    groups = _groups(prompt)
-    return _over_prompts([_auc(score[rows], label[rows] == 1) for rows in groups], _of_prompts(clusters, groups), **bootstrap)
+    values, groups = _aucs(score, label, prompt)
+    return _over_prompts(values, _of_prompts(clusters, groups), **bootstrap)
+
+
+def auc_difference(a, b, label, prompt, clusters=None, **bootstrap) -> Interval:
+    """The AUC of score `a` minus that of score `b` on the same images (N,), paired by prompt; arguments and what is undefined as in `auc_within`."""
+    (of_a, groups), (of_b, _) = _aucs(a, label, prompt), _aucs(b, label, prompt)
+    return _over_prompts(np.subtract(of_a, of_b), _of_prompts(clusters, groups), **bootstrap)
 
 
 def correlation_within(score, value, prompt, clusters=None, **bootstrap) -> Interval:
@@ -138,6 +141,16 @@ def top_mean(score, value, prompt, **bootstrap) -> Interval:
 def bottom_mean(score, value, prompt, **bootstrap) -> Interval:
     """Mean over prompts of `value` at the image with the lowest `score` (the last of equals)."""
     return _at_rank(score, value, prompt, -1, **bootstrap)
+
+
+def _aucs(score, label, prompt) -> tuple[list[float], list[np.ndarray]]:
+    """The AUC of each prompt, nan where it is undefined, and the rows of each. Raises ValueError for labels other than true and false."""
+    label = np.asarray(label)
+    if not np.isin(label, (0, 1)).all():
+        raise ValueError(f"labels must be true or false, got {np.unique(label)[:4].tolist()}; compare the score with its threshold first")
+    score, label, prompt = _aligned(score, label.astype(float), prompt)
+    groups = _groups(prompt)
+    return [_auc(score[rows], label[rows] == 1) for rows in groups], groups
 
 
 def _auc(score: np.ndarray, label: np.ndarray) -> float:
@@ -158,7 +171,7 @@ def _at_rank(score, value, prompt, rank: int, **bootstrap) -> Interval:
     return _over_prompts([value[_by_rank(score, rows)[rank]] for rows in _groups(prompt)], **bootstrap)
 
 
-def _over_prompts(values: list[float], clusters: np.ndarray | None = None, **bootstrap) -> Interval:
+def _over_prompts(values: Sequence[float], clusters: np.ndarray | None = None, **bootstrap) -> Interval:
     """Interval of one value a prompt, the nan ones counted as undefined; prompts are resampled, or their `clusters` (P,)."""
     values = np.asarray(values, dtype=float)
     known = ~np.isnan(values)

@@ -174,6 +174,19 @@ def test_correlation_is_pearsons_and_clusters_are_resampled_whole():
         statistics.correlation_within(score, value, prompt, np.arange(48))
 
 
+def test_auc_difference_is_paired_by_prompt():
+    rng = np.random.default_rng(9)
+    prompt, label = np.repeat(np.arange(6), 8), rng.integers(2, size=48)
+    label[prompt == 2] = 0
+    a, b = rng.normal(size=(2, 48))
+    difference = statistics.auc_difference(a, b, label, prompt, **FEW)
+    apart = [statistics.auc_within(score, label, prompt, **FEW) for score in (a, b)]
+    assert difference.mean == pytest.approx(apart[0].mean - apart[1].mean)
+    assert (difference.n, difference.undefined) == (5, 1)
+    same = statistics.auc_difference(a, 2 * a, label, prompt, **FEW)
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+
+
 def test_auc_without_any_usable_prompt_is_undefined():
     interval = statistics.auc_within([1.0, 2.0], [True, True], [0, 0])
     assert np.isnan(interval.mean)
