@@ -176,7 +176,7 @@ def test_correlation_is_pearsons_and_clusters_are_resampled_whole():
 
 def test_auc_difference_is_paired_by_prompt():
     rng = np.random.default_rng(9)
-    prompt, label = np.repeat(np.arange(6), 8), rng.integers(2, size=48)
+    prompt, label = np.repeat(np.arange(6), 8), np.tile([0, 1], 24)
     label[prompt == 2] = 0
     a, b = rng.normal(size=(2, 48))
     difference = statistics.auc_difference(a, b, label, prompt, **FEW)
