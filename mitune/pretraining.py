@@ -23,14 +23,14 @@ from mitune.artifacts import digest, read_table, write_table
 from mitune.config import Estimator, root
 from mitune.config import load as load_params
 from mitune.corpus import CaptionNoise, clean_scenes, web_latents, write_prompts
-from mitune.information import estimate, renoised_terms, renoised_timesteps
+from mitune.information import query, renoised_terms, renoised_timesteps
 from mitune.models import LatentDiffusion, load
 from mitune.networks import build_scheduler, build_tokenizer, build_unet, build_vae
 from mitune.parts import encode_texts, reconstruct, train_judge, train_similarity, train_text_encoder, train_unet, train_vae, whiten
-from mitune.sampling import noise_generator, sample
+from mitune.sampling import noise_generator, noises, sample
 from mitune.schema import build
 from mitune.stages.base import knows
-from mitune.stages.judging import scene
+from mitune.stages.judging import image_rows, scene
 
 JUDGE_SHARES = {"color": 0.1, "shape": 0.05, "texture": 0.1, "spatial": 0.1, "non_spatial": 0.35, "complex": 0.25, "single": 0.05}
 """Of the judge's own scenes: more of those in which one object lies on another, the hardest to read; and what is not said is drawn evenly."""
@@ -180,22 +180,19 @@ def _examined(model: LatentDiffusion, judge: ShapesJudge, folder: Path, probe: P
 
 def _candidates(model: LatentDiffusion, judge: ShapesJudge, items: list[prompts.Prompt], probe: Probe, seed: int) -> pd.DataFrame:
     """A row a candidate of each prompt: the judge's score and each estimator's MI in nats; re-noising noise is common to a prompt's candidates."""
-    rows = [(item.prompt_id, item.text, scene(item.text), image) for item in items for image in range(probe.images)]
-    texts = [text for _, text, _, _ in rows]
+    rows = image_rows(items, probe.images)
+    texts, own = list(rows["prompt"]), torch.arange(len(items)).repeat_interleave(probe.images)
     said, at = model.encode(texts), renoised_timesteps(len(model.alphas_cumprod), probe.timesteps)
     samples = sample(
         model, said, model.null, guidance_scale=probe.guidance_scale, num_inference_steps=probe.num_inference_steps,
-        generators=[noise_generator(seed, text, image) for _, text, _, image in rows], terms=True, batch_size=probe.batch_size,
+        generators=[noise_generator(seed, text, image) for text, image in zip(texts, rows["image"], strict=True)], terms=True, batch_size=probe.batch_size,
     )  # fmt: skip
-    noises = {item.text: torch.randn((len(at), *model.latent_shape), generator=noise_generator(seed, item.text, 0, "renoise")) for item in items}
-    renoised = renoised_terms(model, samples.latents, said, model.null, timesteps=at, noise=lambda row: noises[texts[row]], batch_size=probe.batch_size)
-    terms = {"trajectory": ({"orthogonal": samples.orthogonal, "path": samples.path}, samples.timesteps), "renoised": (renoised, at)}
-    columns = {"judge": judge.score(model.decode(samples.latents), texts).double().numpy()}
-    for name, chosen in probe.estimators.items():
-        stored, steps = terms[chosen.latents]
-        found = estimate(stored[chosen.form], steps, model.alphas_cumprod, form=chosen.form, t_min=chosen.t_min, variant=chosen.kappa or "paper")
-        columns[name] = found.value.numpy()
-    return pd.DataFrame(rows, columns=["prompt_id", "prompt", "scene", "image"]).assign(**columns)
+    noise = noises([(item.text, 0) for item in items], len(at), model.latent_shape, seed=seed, stream="renoise")[own]
+    renoised = renoised_terms(model, samples.latents, said, model.null, timesteps=at, noise=noise, batch_size=probe.batch_size)
+    terms = {f"renoised_{form}": values for form, values in renoised.items()} | {"renoised_timesteps": at}
+    terms |= {name: getattr(samples, name) for name in ("orthogonal", "path", "timesteps")}
+    mi = {name: query(estimator, terms, model.alphas_cumprod).value.numpy() for name, estimator in probe.estimators.items()}
+    return rows.assign(judge=judge.score(model.decode(samples.latents), texts).double().numpy(), **mi)
 
 
 def main() -> None:
