@@ -4,7 +4,7 @@
 PYTHON ?= python3
 run = PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python
 
-.PHONY: help env repro test smoke lab verify bench pretrain readme
+.PHONY: help env repro spine test smoke lab verify bench pretrain readme
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -21,6 +21,9 @@ env: .venv/stamp  ## make the environment (.venv) from requirements.lock
 
 repro: .venv/stamp  ## run MI-TUNE end to end (dvc repro), with progress and time left
 	@$(run) -m mitune.repro
+
+spine: .venv/stamp  ## run the articles 00 to 03 and what they need, without the studies
+	@$(run) -m mitune.repro --spine
 
 test: .venv/stamp  ## run the tests, the whole pipeline and every notebook at toy size among them
 	@$(run) -m pytest

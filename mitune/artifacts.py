@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
+import importlib.metadata
+import inspect
 import json
 import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +35,7 @@ TEXT, WHOLE, REAL, TRUTH = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 _IMAGE = {"prompt_id": WHOLE, "prompt": TEXT, "image": WHOLE}
 _SCENE = {"scene": TEXT}  # what several wordings of a prompt have in common: the unit that is resampled
 _ALIGNMENT = {"judge": REAL, "similarity": REAL}  # probability of being right; cosine
+_EVALUATED = {"category": TEXT, "guidance_scale": REAL, **_IMAGE, **_SCENE, **_ALIGNMENT, "failure": TEXT}
 
 SCHEMAS: dict[str, dict[str, pa.DataType]] = {
     "scores": {
@@ -44,6 +50,10 @@ SCHEMAS: dict[str, dict[str, pa.DataType]] = {
     "sets": {"category": TEXT, "arm": TEXT, "draw": WHOLE, **_IMAGE, "why": TEXT},
     "curve": {"category": TEXT, "arm": TEXT, "step": WHOLE, "loss": REAL, "grad_norm": REAL},
     "images": {"category": TEXT, "arm": TEXT, "split": TEXT, "guidance_scale": REAL, **_IMAGE, **_SCENE, **_ALIGNMENT, "failure": TEXT},
+    "evaluated": _EVALUATED,
+    "cell": {"seed": WHOLE, **_EVALUATED, "base_judge": REAL, "base_similarity": REAL, "base_failure": TEXT},  # base: of the same prompt and noise
+    "kept": {"category": TEXT, "seed": WHOLE, **_IMAGE, "why": TEXT, **_ALIGNMENT},
+    "costs": {"category": TEXT, "seed": WHOLE, "parameters": WHOLE, "pool": WHOLE, "scores": WHOLE},  # trained parameters; evaluations of the denoiser
     "knows": {"category": TEXT, "kind": TEXT, "case": WHOLE, "prompt": TEXT, "wrong": TEXT, "margin": REAL, "correct": TRUTH},  # margin in nats
     "snapshots": {"step": WHOLE, "category": TEXT, "case": WHOLE, "prompt": TEXT, **_SCENE, "knows": TRUTH},
     "ranking": {"step": WHOLE, "category": TEXT, **_IMAGE, **_SCENE, "judge": REAL},  # and each estimator, in nats
@@ -96,6 +106,10 @@ class Results:
 
     def grids(self, category: str) -> Path:
         return self.folder / "evaluation" / category / "grids.safetensors"
+
+    def cell(self, study: str, key: str) -> Path:
+        """A folder: `images.parquet`, `sets.parquet`, `costs.parquet`, `seconds.json`, and an adapter each in `adapters/{category}-{seed}`."""
+        return self.folder / "studies" / study / key
 
     def base(self, name: str) -> Path:
         """`knows.parquet` or `checks.json`."""
@@ -268,6 +282,93 @@ def scratch(name: str, *key: Any) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
     shutil.rmtree(home)
+
+
+# ---------------------------------------------------------------- computed once
+
+
+KEPT_DAYS = 30
+"""For so long something shared that nobody uses is kept."""
+
+LIBRARIES = ("accelerate", "diffusers", "peft", "torch", "transformers")
+
+
+def shared(name: str, *key: Any, make: Callable[[Path], object]) -> Path:
+    """The untracked folder `.scratch/shared/{name}-{hash of key and code}` that `make(folder)` fills, once for all stages and processes.
+
+    The code is that of the module that defines `make` and of all that this imports, and the versions of `LIBRARIES`. What an error or a kill
+    leaves lies beside it as `.part` and is given to `make` again; `folder / "work"` is for unfinished work and removed at the end. A second
+    process waits for the first. `seconds.json` in it tells how long the making took. When something is made, what has not been asked for in
+    `KEPT_DAYS` days is removed.
+    """
+    home = config.root() / ".scratch" / "shared"
+    folder = home / f"{name}-{digest(*key, sources(make), {library: importlib.metadata.version(library) for library in LIBRARIES})}"
+    part = folder.with_suffix(".part")
+    while not folder.exists():
+        part.mkdir(parents=True, exist_ok=True)
+        with _locked(part) as mine:
+            if mine and not folder.exists():
+                _timed(make, part)
+                shutil.rmtree(part / "work", ignore_errors=True)
+                part.rename(folder)
+                _remove_unused(home)
+    os.utime(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Alone among processes with this folder, for which it waits; whether the folder still has its name then."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield folder.exists() and folder.stat().st_ino == os.fstat(held).st_ino
+    finally:
+        os.close(held)
+
+
+def _timed(make: Callable[[Path], object], folder: Path) -> None:
+    """`make(folder)`; its time is added to that of earlier attempts, in `seconds.json`."""
+    file, started = folder / "seconds.json", time.perf_counter()
+    before = read_json(file)["seconds"] if file.is_file() else 0.0
+    try:
+        make(folder)
+    finally:
+        write_json({"seconds": round(before + time.perf_counter() - started, 3)}, file)
+
+
+def _remove_unused(home: Path) -> None:
+    for other in home.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process has finished or removed it
+            if time.time() - other.stat().st_mtime > KEPT_DAYS * 24 * 3600:
+                shutil.rmtree(other)
+
+
+def sources(function: Callable) -> dict[str, str]:
+    """SHA-256 of the file that defines a function, and of the package's modules that this file imports, and these in their turn."""
+    package = Path(__file__).parent
+    found, new = {}, {Path(inspect.getsourcefile(function))}
+    while new:
+        file = new.pop()
+        found[file] = hashlib.sha256(file.read_bytes()).hexdigest()
+        new |= _imported(file, package) - found.keys()
+    return {file.stem if file.parent == package else f"{file.parent.name}.{file.stem}": hashed for file, hashed in sorted(found.items())}
+
+
+def _imported(file: Path, package: Path) -> set[Path]:
+    """The files of the package's modules that a file imports, wherever in it."""
+    named = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom):
+            named |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+    parts = [name.split(".")[1:] for name in named if name.split(".")[0] == package.name]
+    files = [file for part in parts for file in (package.joinpath(*part).with_suffix(".py"), package.joinpath(*part, "__init__.py"))]
+    return {file for file in files if file.is_file()}
+
+
+# ---------------------------------------------------------------- side by side
 
 
 def shards(

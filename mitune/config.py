@@ -18,6 +18,7 @@ from mitune.schema import Range, build
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")  # T2I-CompBench's names
 ARMS = ("random", "mi_paper", "mi_best", "judge")  # who picks the fine-tuning set
+RULES = ("random", "judge", "similarity")  # by which a study may select, and any estimator
 
 
 Count = Annotated[int, Range(1)]
@@ -107,11 +108,12 @@ class Timesteps:
 
 
 @dataclass(frozen=True)
-class Finetune:
+class Tuning:
     adapter: Literal["dora", "lora"]
     rank: Count
     lora_alpha: Count
     target_modules: tuple[str, ...]
+    text_encoder: bool
     learning_rate: Scale
     betas: tuple[Annotated[float, Range(0.0, 1.0)], ...]
     weight_decay: Scale
@@ -122,6 +124,10 @@ class Finetune:
     timesteps: Timesteps
     checkpoint_every: Count
     save_dtype: Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
+class Finetune(Tuning):
     seed: Size
 
 
@@ -135,6 +141,39 @@ class Evaluate:
     grid_prompts: Count
     shard_prompts: Count
     batch_size: Count
+
+
+@dataclass(frozen=True)
+class Common:
+    categories: tuple[str, ...]
+    seeds: tuple[Size, ...]
+    n_prompts: Count
+    M: Count
+    block: Count
+    k: Count
+    select: str
+    pool_guidance_scale: Scale
+    test_prompts: Count
+    test_images: Count
+    steps: Count
+
+
+@dataclass(frozen=True)
+class Recipe(Common, Tuning):
+    """A cell of a study: its own entries, for the rest those of `studies.common` and `finetune`."""
+
+    @property
+    def tuning(self) -> Tuning:
+        return Tuning(**{field.name: getattr(self, field.name) for field in fields(Tuning)})
+
+
+@dataclass(frozen=True)
+class Studies:
+    """The default recipe, and each study's cells: what each has of its own (see `recipes`). A stage declares those that it needs."""
+
+    common: Common
+    set_size: dict[str, Any] | None = None
+    adapters: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +233,7 @@ class Params:
     finetune: Finetune
     evaluate: Evaluate
     information: Information
+    studies: Studies
     exact_worlds: ExactWorlds
     pretrain: dict[str, Any]  # checked by mitune.pretraining, which alone reads it
 
@@ -275,10 +315,26 @@ def declared(keys: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
+def recipes(params: Params | Declared, study: str) -> dict[str, Recipe]:
+    """The cells of a study by key, in the order of params.yaml. Raises ValueError naming the entry (`studies.set_size.M30_k1.k`)."""
+    studies, where = params.studies, f"studies.{study}"
+    return {key: _recipe(studies.common, params.finetune, cell, f"{where}.{key}") for key, cell in (getattr(studies, study) or {}).items()}
+
+
+def _recipe(common: Common, tuning: Tuning, cell: Any, where: str) -> Recipe:
+    if not isinstance(cell, Mapping):
+        raise ValueError(f"{where} is {cell!r}: it must be a mapping, {{}} for the default recipe")
+    names = [field.name for field in fields(Recipe)]
+    return build(Recipe, {name: value for name, value in (vars(tuning) | vars(common)).items() if name in names} | dict(cell), where)
+
+
 def merge(values: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with the entries of `overlay` in their place: mappings merge key by key, everything else is replaced."""
+    """`values` with the entries of `overlay` in their place (RFC 7396): mappings merge key by key, null removes, everything else is replaced."""
     merged = dict(values)
     for key, value in overlay.items():
+        if value is None:
+            merged.pop(key, None)
+            continue
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], value) if both else value
     return merged
@@ -286,7 +342,7 @@ def merge(values: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, An
 
 def _check(given: Mapping[str, Any]) -> None:
     """Conditions between values, of those keys that are given."""
-    for condition in (_check_names, _check_estimators, _check_sizes):
+    for condition in (_check_names, _check_estimators, _check_sizes, _check_studies):
         condition(given)
 
 
@@ -298,12 +354,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
         if given["reports"] != wanted:
             raise ValueError(f"reports is {given['reports']!r}: for model {given['model']!r} it must be {wanted!r}")
     for key, known in {"categories": CATEGORIES, "arms": ARMS}.items():
-        names = given.get(key, ())
-        for name in names:
-            if name not in known:
-                raise ValueError(f"{key} has {name!r}: it must be one of {', '.join(known)}")
-        if len(set(names)) < len(names):
-            raise ValueError(f"{key} has an entry twice: {', '.join(names)}")
+        _check_list(key, given.get(key, ()), known)
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", given.get("device", "cpu")):
         raise ValueError(f"device is {given['device']!r}: it must be cpu, cuda, cuda:<number> or mps")
 
@@ -339,7 +390,46 @@ def _check_sizes(given: Mapping[str, Any]) -> None:
     if exact_worlds and exact_worlds.flow.low >= exact_worlds.flow.high:
         raise ValueError(f"exact_worlds.flow is {exact_worlds.flow.low} to {exact_worlds.flow.high}: low must be below high")
     if finetune:
-        if finetune.timesteps.low >= finetune.timesteps.high:
-            raise ValueError(f"finetune.timesteps is {finetune.timesteps.low} to {finetune.timesteps.high}: low must be below high")
-        if len(finetune.betas) != 2:
-            raise ValueError(f"finetune.betas has {len(finetune.betas)} entries: AdamW takes two")
+        _check_tuning(finetune, "finetune")
+
+
+def _check_studies(given: Mapping[str, Any]) -> None:
+    """Of the default recipe and, where `finetune` is given too, of every cell."""
+    if "studies" not in given:
+        return
+    studies = given["studies"]
+    _check_common(studies.common, "studies.common", given.get("estimators"))
+    for study in (field.name for field in fields(Studies) if field.name != "common"):
+        for key, cell in (getattr(studies, study) or {}).items():
+            where = f"studies.{study}.{key}"
+            if not re.fullmatch(r"\w+", key):
+                raise ValueError(f"{where}: a key names a stage and a folder; it takes letters, digits and _")
+            if "finetune" in given:
+                recipe = _recipe(studies.common, given["finetune"], cell, where)
+                _check_common(recipe, where, given.get("estimators"))
+                _check_tuning(recipe, where)
+
+
+def _check_common(recipe: Common, where: str, estimators: Mapping[str, Estimator] | None) -> None:
+    _check_list(f"{where}.categories", recipe.categories, CATEGORIES)
+    _check_list(f"{where}.seeds", recipe.seeds)
+    if recipe.k > recipe.M:
+        raise ValueError(f"{where}.k is {recipe.k} and M is {recipe.M}: no more images can be selected than were made; lower k or raise M")
+    rules = (*RULES, *(estimators or ()))
+    if estimators is not None and recipe.select not in rules:
+        raise ValueError(f"{where}.select is {recipe.select!r}: it must be one of {', '.join(rules)}")
+
+
+def _check_tuning(tuning: Tuning, where: str) -> None:
+    if tuning.timesteps.low >= tuning.timesteps.high:
+        raise ValueError(f"{where}.timesteps is {tuning.timesteps.low} to {tuning.timesteps.high}: low must be below high")
+    if len(tuning.betas) != 2:
+        raise ValueError(f"{where}.betas has {len(tuning.betas)} entries: AdamW takes two")
+
+
+def _check_list(where: str, entries: tuple, known: tuple | None = None) -> None:
+    for entry in entries:
+        if known and entry not in known:
+            raise ValueError(f"{where} has {entry!r}: it must be one of {', '.join(known)}")
+    if len(set(entries)) < len(entries):
+        raise ValueError(f"{where} has an entry twice: {', '.join(map(str, entries))}")

@@ -100,6 +100,16 @@ class LatentDiffusion:
         size = self.network.config.sample_size
         return (self.network.config.in_channels, size, size)
 
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """What can carry an adapter, by the pipeline's own names."""
+        return {self.pipeline.unet_name: self.network, self.pipeline.text_encoder_name: self.pipeline.text_encoder}
+
+    @property
+    def adapted(self) -> dict[str, torch.nn.Module]:
+        """Those of `networks` that carry an adapter."""
+        return {name: network for name, network in self.networks.items() if getattr(network, "peft_config", None)}
+
     @cached_property
     def null(self) -> Conditioning:
         """The conditioning of the empty prompt, length 1."""
@@ -117,9 +127,19 @@ class LatentDiffusion:
         row = {prompt: n for n, prompt in enumerate(distinct)}
         return Conditioning({"encoder_hidden_states": states.float()[[row[prompt] for prompt in prompts]]})
 
+    def tokenize(self, prompts: Sequence[str]) -> Conditioning:
+        """What `encode` starts from: token ids (N, tokens). `predict` reads them with the text encoder as it then is, differentiably."""
+        tokenizer = self.pipeline.tokenizer
+        with self._encoding:
+            ids = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+        return Conditioning({"input_ids": ids})
+
     def predict(self, latents: torch.Tensor, timesteps: int | torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The network's raw output (B, C, H, W) at z_t, in the network's dtype; differentiable."""
         place = {"device": self.device, "dtype": self.network.dtype}
+        if "input_ids" in conditioning.tensors:
+            states = self.pipeline.text_encoder(conditioning.tensors["input_ids"].to(self.device))[0]
+            conditioning = Conditioning({"encoder_hidden_states": states})
         tensors = {name: tensor.to(**place) for name, tensor in conditioning.tensors.items()}
         return self.network(latents.to(**place), torch.as_tensor(timesteps, device=self.device), **tensors).sample
 
@@ -165,17 +185,18 @@ class LatentDiffusion:
             ValueError: the network carries no adapter, or an unknown dtype.
         """
         from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-        from peft.utils import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        if not getattr(self.network, "peft_config", None):
+        if not self.adapted:
             raise ValueError("the model carries no adapter to save; attach one, or load it with fuse=False")
-        ((name, config),) = self.network.peft_config.items()
-        state = get_peft_model_state_dict(self.network, adapter_name=name)
-        layers = {key: value.detach().to("cpu", _dtype(dtype)).contiguous() for key, value in sorted(state.items())}
-        settings = {f"{self.pipeline.unet_name}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        layers, settings = {}, {}
+        for part, network in self.adapted.items():
+            ((_, config),) = network.peft_config.items()
+            state = sorted(_layers(network).items())
+            layers[f"{part}_lora_layers"] = {key: value.detach().to("cpu", _dtype(dtype)).contiguous() for key, value in state}
+            settings |= {f"{part}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
         metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}  # one entry: safetensors writes several in random order
-        self.pipeline.save_lora_weights(folder, unet_lora_layers=layers, save_function=partial(save_file, metadata=metadata))
+        self.pipeline.save_lora_weights(folder, save_function=partial(save_file, metadata=metadata), **layers)
 
 
 def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", adapter: Path | None = None, fuse: bool = True) -> LatentDiffusion:
@@ -190,13 +211,14 @@ def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", ada
     place = _device(device)
     pipeline = _pipeline(str(source))
     if adapter is not None:
-        _attach(pipeline.unet, Path(adapter), prefix=pipeline.unet_name)
+        parts = _attach(pipeline, Path(adapter))
         if fuse:
-            pipeline.unet.fuse_lora()
-            pipeline.unet.unload_lora()
+            pipeline.fuse_lora(components=parts)
+            pipeline.unload_lora_weights()
     pipeline.to(place)
     torch.nn.Module.to(pipeline.unet, dtype=kind, memory_format=torch.channels_last)  # diffusers' own `to` warns of a list of exceptions that is empty
     pipeline.unet.requires_grad_(False).eval()
+    pipeline.text_encoder.requires_grad_(False).eval()
     return LatentDiffusion(pipeline)
 
 
@@ -220,32 +242,49 @@ def _pipeline(source: str):
     return pipeline
 
 
-def _attach(network, folder: Path, *, prefix: str) -> None:
-    """Load the adapter in `folder` into the network, in float32.
+def _attach(pipeline, folder: Path) -> list[str]:
+    """Load the adapter in `folder` into the networks of the pipeline that it is for, in float32; their names.
 
     Raises:
         ValueError: unless every tensor of the file found its place, all are finite, and some product B A is not zero.
     """
-    from peft.utils import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    file = folder / ADAPTER_FILE
+    file, unet = folder / ADAPTER_FILE, pipeline.unet_name
     if not file.is_file():
         raise ValueError(f"there is no adapter in {str(folder)!r}: {ADAPTER_FILE} is missing; write it with save_adapter")
     try:
-        with safe_open(file, "pt") as tensors:
-            stored = {key.removeprefix(f"{prefix}.") for key in tensors.keys()}
-        network.load_lora_adapter(folder, prefix=prefix, weight_name=ADAPTER_FILE, adapter_name="default")
-        loaded = get_peft_model_state_dict(network) if getattr(network, "peft_config", None) else {}
+        stored, _, settings = pipeline.lora_state_dict(folder, weight_name=ADAPTER_FILE, return_lora_metadata=True)
+        parts = sorted({key.partition(".")[0] for key in stored})
+        if unet in parts:
+            pipeline.unet.load_lora_adapter(folder, prefix=unet, weight_name=ADAPTER_FILE, adapter_name="default")
+        if pipeline.text_encoder_name in parts:
+            with quiet(warnings=True):
+                pipeline.load_lora_into_text_encoder(stored, None, pipeline.text_encoder, adapter_name="default", metadata=settings)
+        networks = {part: getattr(pipeline, part) for part in parts}
+        loaded = {f"{part}.{key}": value for part, network in networks.items() for key, value in _layers(network).items()}
     except Exception as error:
         raise ValueError(f"the adapter {str(file)!r} does not fit the model: {_line(error)}; was it trained on another?") from error
-    if stored != loaded.keys():
-        raise ValueError(f"the adapter {str(file)!r} does not fit the model: {len(stored ^ loaded.keys())} tensors differ by name; was it trained on another?")
+    if stored.keys() != loaded.keys():
+        different = len(stored.keys() ^ loaded.keys())
+        raise ValueError(f"the adapter {str(file)!r} does not fit the model: {different} tensors differ by name; was it trained on another?")
     if not all(value.isfinite().all() for value in loaded.values()):
         raise ValueError(f"the adapter {str(file)!r} holds values that are not finite; train it again with a lower learning rate")
     if not any(value.any() for key, value in loaded.items() if "lora_B" in key):
         raise ValueError(f"the adapter {str(file)!r} changes no weight: its B matrices are zero; train it first")
-    network.float()  # the file may be float16
+    for network in networks.values():
+        network.float()  # the file may be float16
+    return parts
+
+
+def _layers(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """An attached adapter's tensors by the names that the network's own library finds again: transformers' loader knows DoRA's magnitudes
+    by their full name only, which PEFT shortens."""
+    from peft.utils import get_peft_model_state_dict
+    from transformers import PreTrainedModel
+
+    (name,) = network.peft_config
+    ending = ".weight" if isinstance(network, PreTrainedModel) else ""
+    layers = get_peft_model_state_dict(network, adapter_name=name)
+    return {key + ending if key.endswith(".lora_magnitude_vector") else key: value for key, value in layers.items()}
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional
 
 from mitune import config
-from mitune.artifacts import Results, read_table, read_tensors, write_json, write_metrics
+from mitune.artifacts import Results, read_json, read_table, read_tensors, write_json, write_metrics
 from mitune.models import load
-from mitune.statistics import Interval
+from mitune.statistics import Interval, mean_interval
 
 
 def tables(params, kind: str) -> pd.DataFrame:
@@ -21,6 +21,36 @@ def tables(params, kind: str) -> pd.DataFrame:
     results = Results(params.model)
     cells = itertools.product(params.categories, params.arms) if kind == "curve" else zip(params.categories)
     return pd.concat([read_table(getattr(results, kind)(*cell), kind) for cell in cells], ignore_index=True)
+
+
+CELLS = {"cell": "images.parquet", "kept": "sets.parquet", "costs": "costs.parquet"}
+
+
+def cells(params, study: str, kind: str) -> pd.DataFrame:
+    """One table over the cells of a study that params.yaml has, and no others, with a column `cell`; `kind` is cell, kept or costs."""
+    results, keys = Results(params.model), config.recipes(params, study)
+    return pd.concat([read_table(results.cell(study, key) / CELLS[kind], kind).assign(cell=key) for key in keys], ignore_index=True)
+
+
+def differences(images: pd.DataFrame, reference: str, value: str = "judge") -> pd.DataFrame:
+    """The rows of `cells` with `difference`, in percentage points: `value` minus that of the cell `reference` for the same prompt, noise and seed."""
+    same = ["category", "seed", "guidance_scale", "prompt_id", "image"]
+    both = images.merge(images.loc[images["cell"] == reference, [*same, value]], on=same, suffixes=("", "_reference"), validate="many_to_one")
+    return both.assign(difference=100 * (both[value] - both[f"{value}_reference"]))
+
+
+def over_scenes_and_seeds(rows: pd.DataFrame, value: str) -> Interval:
+    """The mean of a column of `cells`; its interval resamples scenes crossed with fine-tuning seeds."""
+    return mean_interval(rows[value], rows["category"] + " " + rows["scene"], rows["seed"])
+
+
+def cell_seconds(params, study: str) -> pd.DataFrame:
+    """How long the parts of each cell took where they were made, a column a cell: pool and scores in all, finetune the mean of the seeds."""
+    results, rows = Results(params.model), {}
+    for key in config.recipes(params, study):
+        parts = read_json(results.cell(study, key) / "seconds.json")
+        rows[key] = {name: sum(times.values()) / (len(times) if name == "finetune" else 1) for name, times in parts.items()}
+    return pd.DataFrame(rows)
 
 
 def terms(params, scores: pd.DataFrame) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""`dvc repro` that says which stage of how many is running and about how long the rest will take (`make repro`)."""
+"""`dvc repro` that says which stage of how many is running and about how long the rest will take (`make repro`, `make spine`)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,32 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 from mitune import config, runner
 
 MINUTES = {"base": 3, "pool": 1.2, "scores": 1.2, "information": 5, "sets": 0.1, "finetune": 0.6, "evaluate": 3.8}  # on two cores, until a run has been timed
+CELL_MINUTES = 3  # of a study
 ARTICLE_MINUTES = 0.4
 _BEGINS = re.compile(r"^Running stage '(?P<stage>[^']+)'|^Stage '(?P<same>[^']+)' (?:didn't change|is cached)")
 
 
 def expected_seconds(stage: str) -> float:
     """How long a stage took when it last ran here, or else what it takes on two cores."""
-    return runner.seconds(stage.replace("@", "-")) or 60 * MINUTES.get(stage.split("@")[0], ARTICLE_MINUTES)
+    return runner.seconds(stage.replace("@", "-")) or 60 * MINUTES.get(stage.split("@")[0], CELL_MINUTES if "@" in stage else ARTICLE_MINUTES)
 
 
 def time_left(stages: list[str], seen: set[str]) -> str:
     """The time that the stages not yet seen may take, if all of them run."""
     minutes = sum(expected_seconds(stage) for stage in stages if stage not in seen) / 60
     return f"about {minutes:.0f} min left" if minutes >= 1.5 else "about a minute left"
+
+
+def spine(stages: list[str]) -> list[str]:
+    """Those of the articles 00 to 03 and of what they need: without the studies, whose articles are the later ones, and the index of all articles."""
+    others = {field.name for field in fields(config.Studies)} | {"index"}
+    return [stage for stage in stages if stage.partition("@")[0] not in others and not re.match(r"0[4-9]|[1-9]", stage)]
 
 
 def command(*arguments: str) -> list[str]:
@@ -40,7 +48,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def repro(arguments: list[str]) -> int:
-    """Run `dvc repro` with `arguments`; its exit status."""
+    """Run `dvc repro` with `arguments`, with `--spine` among them of the spine's stages; its exit status."""
     root = config.root().resolve()
     config.load(root / "params.yaml")
     env = environment(root)
@@ -49,6 +57,9 @@ def repro(arguments: list[str]) -> int:
         print(listed.stderr, end="", file=sys.stderr)
         return listed.returncode
     stages, seen, started = listed.stdout.split(), set(), time.monotonic()
+    if "--spine" in arguments:
+        stages = spine(stages)
+        arguments = [*(argument for argument in arguments if argument != "--spine"), *stages]
     process = subprocess.Popen(command("repro", *arguments), cwd=root, env=env, stdout=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:

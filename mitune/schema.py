@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
+NAMES = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+
 
 @dataclass(frozen=True)
 class Range:
@@ -29,7 +31,7 @@ def build(kind: Any, value: Any, where: str) -> Any:
     """`value` as an instance of the annotation `kind`; `where` is its dotted key. Raises ValueError, one line, naming the key."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
-        return _build_dataclass(kind, value, where)
+        return value if isinstance(value, kind) else _build_dataclass(kind, value, where)
     if origin is Annotated:
         number = build(arguments[0], value, where)
         if number not in arguments[1]:
@@ -54,7 +56,7 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{where} is {value!r}: it must be {'a number' if kind is float else 'a whole number' if kind is int else 'text'}")
+        raise ValueError(f"{where} is {value!r}: it must be {NAMES[kind]}")
     return value
 
 

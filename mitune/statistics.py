@@ -41,6 +41,15 @@ class Interval:
         """The same interval in other units, as `scaled(100)` for percent; `factor` > 0."""
         return Interval(self.mean * factor, self.low * factor, self.high * factor, self.n, self.undefined)
 
+    def __neg__(self) -> Interval:
+        """Of the negated values."""
+        return Interval(-self.mean, -self.high, -self.low, self.n, self.undefined)
+
+    @property
+    def positive(self) -> bool | None:
+        """Whether the mean is above 0: True if the whole interval is, False if all of it lies below, None (undecided) otherwise."""
+        return True if self.low > 0 else False if self.high < 0 else None
+
     def equivalent(self, value: float, tolerance: float) -> bool | None:
         """Whether the mean is `value` within `tolerance`: True if the whole interval is, False if none of it is, None (undecided) otherwise."""
         if value - tolerance <= self.low and self.high <= value + tolerance:

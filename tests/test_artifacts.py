@@ -1,6 +1,8 @@
 """Oracle: what was written; an uninterrupted run for an interrupted one."""
 
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pyarrow as pa
@@ -8,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mitune import artifacts
+from mitune import artifacts, prompts
+from mitune.stages import pool
 
 
 @pytest.fixture
@@ -174,6 +177,87 @@ def test_the_digest_sees_every_input(tmp_path):
     assert before != artifacts.digest({"M": 1}, tmp_path, torch.ones(2), [1, "b"])
     with pytest.raises(ValueError, match="missing or empty"):
         artifacts.digest(tmp_path / "none")
+
+
+def making(calls, stop=()):
+    """A `make` that notes its calls, and stops in those numbered in `stop`."""
+
+    def make(folder):
+        calls.append(sorted(file.name for file in folder.iterdir()))
+        (folder / "work").mkdir(exist_ok=True)
+        (folder / "work" / f"{len(calls)}").touch()
+        time.sleep(0.002)
+        if len(calls) in stop:
+            raise KeyboardInterrupt
+        artifacts.write_json(len(calls), folder / "value.json")
+
+    return make
+
+
+def test_shared_work_is_done_once_and_anew_when_anything_changes(project, monkeypatch):
+    (project / "f").write_text("a")
+    calls = []
+
+    def value(*key):
+        return artifacts.read_json(artifacts.shared("pool", *key, make=making(calls)) / "value.json")
+
+    assert [value(1, project / "f"), value(1, project / "f"), value(2, project / "f"), value(1, project / "f")] == [1, 1, 2, 1]
+    (project / "f").write_text("b")
+    assert value(1, project / "f") == 3
+    monkeypatch.setattr(artifacts, "sources", lambda make: {"pool": "another"})
+    assert value(1, project / "f") == 4
+    monkeypatch.setattr(artifacts.importlib.metadata, "version", lambda library: "9.9")
+    assert value(1, project / "f") == 5
+    assert not list((project / ".scratch" / "shared").glob("*.part"))
+    assert not list((project / ".scratch" / "shared").glob("*/work"))
+
+
+def test_shared_work_goes_on_after_an_interruption(project):
+    calls = []
+    make = making(calls, stop=(1,))
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.shared("pool", 1, make=make)
+    (part,) = (project / ".scratch" / "shared").iterdir()
+    spent = artifacts.read_json(part / "seconds.json")["seconds"]
+    folder = artifacts.shared("pool", 1, make=make)
+    assert calls == [[], ["seconds.json", "work"]]
+    assert artifacts.read_json(folder / "seconds.json")["seconds"] > spent > 0
+    assert sorted(file.name for file in folder.iterdir()) == ["seconds.json", "value.json"]
+
+
+def test_of_two_that_need_the_same_one_makes_it_and_one_waits(project):
+    calls = []
+
+    def make(folder):
+        calls.append(folder)
+        time.sleep(0.2)
+        artifacts.write_json(1, folder / "value.json")
+
+    with ThreadPoolExecutor(3) as threads:
+        folders = list(threads.map(lambda n: artifacts.shared("pool", 1, make=make), range(3)))
+    assert len(calls) == 1
+    assert len(set(folders)) == 1
+    assert artifacts.read_json(folders[0] / "value.json") == 1
+
+
+def test_what_nobody_uses_is_removed_when_something_is_made(project):
+    make = making([])
+    old, used = artifacts.shared("pool", 1, make=make), artifacts.shared("pool", 2, make=make)
+    long_ago = time.time() - (artifacts.KEPT_DAYS + 1) * 24 * 3600
+    for folder in (old, used):
+        os.utime(folder, (long_ago, long_ago))
+    artifacts.shared("pool", 2, make=make)
+    artifacts.shared("pool", 3, make=make)
+    assert not old.exists()
+    assert used.exists()
+
+
+def test_the_code_of_shared_work_is_what_its_module_imports():
+    assert set(artifacts.sources(prompts.load)) == {"prompts"}
+    named = set(artifacts.sources(pool.build))
+    assert {"stages.pool", "information", "models", "sampling", "config", "schema", "prompts", "artifacts"} <= named
+    assert not {"finetuning", "plots", "selection", "stages.scores"} & named
+    assert all(len(sha) == 64 for sha in artifacts.sources(pool.build).values())
 
 
 def test_progress_goes_to_the_followed_file_only(tmp_path, monkeypatch, capsys):

@@ -70,6 +70,7 @@ def test_the_toy_overlay_is_valid(values):
         ("finetune.timesteps.low", 1000, "low must be below high"),
         ("finetune.learning_rate", "2e-4x", "finetune.learning_rate is '2e-4x': it must be a number"),
         ("arms", ["chance"], "arms has 'chance'"),
+        ("finetune.text_encoder", "yes", "finetune.text_encoder is 'yes': it must be true or false"),
         ("finetune.betas", [0.9, 1.5], "finetune.betas[1] is 1.5"),
         ("information.guidance_scales", [1.0, 5.0], "information.guidance_scales is 1, 5: it must have pool.guidance_scale"),
         ("information.guidance_scales", [1.5, 2.5, 2.5], "information.guidance_scales has an entry twice"),

@@ -13,9 +13,11 @@ from mitune.config import Finetune, Timesteps
 from mitune.models import load
 
 CONFIG = Finetune(
-    adapter="dora", rank=4, lora_alpha=4, target_modules=("attention", "ff"), learning_rate=1e-2, betas=(0.9, 0.999), weight_decay=1e-2, epsilon=1e-8,
-    max_grad_norm=1.0, steps=6, batch_size=8, timesteps=Timesteps(500, 1000), checkpoint_every=3, save_dtype="float32", seed=0,
+    adapter="dora", rank=4, lora_alpha=4, target_modules=("attention", "ff"), text_encoder=False, learning_rate=1e-2, betas=(0.9, 0.999), weight_decay=1e-2,
+    epsilon=1e-8, max_grad_norm=1.0, steps=6, batch_size=8, timesteps=Timesteps(500, 1000), checkpoint_every=3, save_dtype="float32", seed=0,
 )  # fmt: skip
+
+CAPTIONS = ["a red circle", "a blue square", "a green star", "a red moon", "a blue circle"]
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def model(tiny_pipeline):
 @pytest.fixture
 def data(model):
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return latents, model.encode(["a red circle", "a blue square", "a green star", "a red moon", "a blue circle"])
+    return latents, model.encode(CAPTIONS)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -156,6 +158,38 @@ def test_adapter_round_trip_through_the_pipelines_own_format(model, data, tiny_p
         assert (model.predict(data[0], timesteps, data[1]) - attached).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("adapter", ["dora", "lora"])
+def test_the_text_encoder_is_trained_jointly_saved_and_loaded(model, data, tiny_pipeline, tmp_path, capfd, adapter):
+    config = replace(CONFIG, adapter=adapter, text_encoder=True, lora_alpha=8)
+    latents, ids, timesteps = data[0], finetuning.read_captions(model, CAPTIONS, config), torch.full((5,), 700)
+    before = {name: value.clone() for name, value in model.pipeline.text_encoder.state_dict().items()}
+    with torch.no_grad():
+        assert_close(model.predict(latents, timesteps, ids), model.predict(latents, timesteps, data[1]), rtol=1e-4, atol=1e-5)
+    rows = train(model, (latents, ids), tmp_path / "checkpoints", config)
+    assert len(rows) == config.steps
+    trained = finetuning.trained_parameters(model)
+    assert {name.partition(".")[0] for name in trained} == {"unet", "text_encoder"}
+    assert all(parameter.any() for name, parameter in trained.items() if "lora_B" in name)
+    with torch.no_grad():  # training hardly moves the magnitudes, so that lost ones would not show
+        for name, parameter in trained.items():
+            parameter.mul_(1.3 if "lora_magnitude_vector" in name else 1)
+        model.save_adapter(tmp_path / "adapter")
+        attached, frozen = model.predict(latents, timesteps, ids), model.predict(latents, timesteps, data[1])
+        assert (attached - frozen).abs().max() > 1e-3  # the text encoder has moved
+        for fuse in (True, False):
+            loaded = load(tiny_pipeline, adapter=tmp_path / "adapter", fuse=fuse)
+            assert bool(loaded.adapted) is not fuse
+            assert_close(loaded.predict(latents, timesteps, loaded.encode(CAPTIONS)), attached, rtol=1e-3, atol=1e-4)
+        assert capfd.readouterr().err == ""  # no bar and no report of names that were not found: it would end up in a notebook
+        bare = load(tiny_pipeline)
+        bare.pipeline.load_lora_weights(tmp_path / "adapter")  # as anyone would
+        assert_close(bare.predict(latents, timesteps, bare.encode(CAPTIONS)), attached, rtol=1e-3, atol=1e-4)
+    finetuning.remove_adapter(model)
+    after = model.pipeline.text_encoder.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_merged_weight_is_doras_equation(model, data, tiny_pipeline, tmp_path):
     train(model, data, tmp_path / "checkpoints", replace(CONFIG, lora_alpha=8))
     name = next(name for name, _ in model.network.named_modules() if name.endswith("attn2.to_q"))
@@ -227,5 +261,7 @@ def test_bad_data_is_one_clear_line(model, data, tmp_path):
         train(model, (latents[:3], conditioning), tmp_path)
     with pytest.raises(ValueError, match="the loss is nan at step 1"):
         train(model, (latents * float("nan"), conditioning), tmp_path)
+    with pytest.raises(ValueError, match=r"finetune\.text_encoder is True; read the captions with read_captions"):
+        train(model, data, tmp_path, replace(CONFIG, text_encoder=True))
     with pytest.raises(ValueError, match="carries an adapter already"):
         train(model, data, tmp_path)

@@ -1,5 +1,6 @@
 """The whole pipeline at toy size in a temporary clone. Oracles: DVC's own account of what changed, and the bytes of the first run."""
 
+import dataclasses
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 from mitune import config, smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+STUDIES = {field.name for field in dataclasses.fields(config.Studies)}
 
 
 def run(project, *command):
@@ -30,9 +33,9 @@ def project(tmp_path_factory):
 
 
 def is_of(name, category):
-    """Whether a stage belongs to one category's chain (`pool@color`, `finetune@color-random`), or to none."""
-    _, at, cell = name.partition("@")
-    return not at or cell == category or cell.startswith(f"{category}-")
+    """Whether a stage belongs to one category's chain (`pool@color`, `finetune@color-random`), or to none, as a study's cell."""
+    group, at, cell = name.partition("@")
+    return not at or group in STUDIES or cell == category or cell.startswith(f"{category}-")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def test_reports_are_there(project, lock):
 
 
 def test_a_forced_run_gives_equal_bytes(project, lock):
-    """Of the base, of one category's chain, and of what reads them."""
+    """Of the base, of one category's chain, of the studies' cells from what they share, and of what reads them."""
     category = config.load(project / "params.yaml").categories[0]
     forced = [name for name in lock if is_of(name, category)]
     dvc(project, "repro", "--force", "--single-item", *forced)

@@ -198,3 +198,10 @@ def test_top_and_bottom():
     prompt, score, value = [0, 0, 0, 1, 1, 1], [1.0, 3.0, 2.0, 5.0, 5.0, 4.0], [10.0, 30.0, 20.0, 1.0, 2.0, 3.0]
     assert statistics.top_mean(score, value, prompt, **FEW).mean == pytest.approx((30 + 1) / 2)
     assert statistics.bottom_mean(score, value, prompt, **FEW).mean == pytest.approx((10 + 3) / 2)
+
+
+@pytest.mark.parametrize(("low", "high", "positive"), [(0.1, 1.0, True), (-1.0, -0.1, False), (-0.1, 0.3, None), (float("nan"), float("nan"), None)])
+def test_a_sign_is_known_only_where_the_interval_lies_on_one_side(low, high, positive):
+    interval = statistics.Interval((low + high) / 2, low, high, 5)
+    assert interval.positive is positive
+    assert (-interval).positive is (None if positive is None else not positive)

@@ -26,19 +26,19 @@ def build(params, category: str) -> pd.DataFrame:
             for split, items in splits.items():
                 for scale in config.guidance_scales:
                     place = folder / f"{arm}-{split}-{scale}"
-                    compute = _evaluator(model, judges, config, scale, params.seed)
+                    compute = evaluator(model, judges, config, scale, params.seed)
                     values = shards(place, items, config.shard_prompts, compute, device=params.device, progress=bar)
                     kept = values.pop("picture")
                     if split == "test":
                         grids[f"{arm}/{scale}"] = kept[: config.grid_prompts]
-                    frames.append(_table(values, items, judges[0]).assign(category=category, arm=arm, split=split, guidance_scale=scale))
+                    frames.append(tabulate(values, items, judges[0]).assign(category=category, arm=arm, split=split, guidance_scale=scale))
         table = pd.concat(frames, ignore_index=True)
         write_tensors(grids, results.grids(category))
         write_table(table, results.images(category), "images")
     return table
 
 
-def _evaluator(model, judges, config, guidance_scale: float, seed: int):
+def evaluator(model, judges, config, guidance_scale: float, seed: int):
     """For prompts: both alignment scores and the failure (n, images) and the first image (n, 3, H, W) as uint8."""
 
     def compute(items) -> dict[str, torch.Tensor]:
@@ -57,7 +57,8 @@ def _evaluator(model, judges, config, guidance_scale: float, seed: int):
     return compute
 
 
-def _table(values: dict[str, torch.Tensor], items, judge) -> pd.DataFrame:
+def tabulate(values: dict[str, torch.Tensor], items, judge) -> pd.DataFrame:
+    """A row an image of what `evaluator` computes."""
     table = image_rows(items, values["judge"].shape[1])
     failure = [judge.FAILURES[k] for k in values["failure"].flatten().tolist()]
     return table.assign(judge=values["judge"].flatten().double().numpy(), similarity=values["similarity"].flatten().double().numpy(), failure=failure)

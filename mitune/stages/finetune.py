@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from mitune.artifacts import Results, progress, read_table, read_tensors, scratch, write_table
-from mitune.finetuning import finetune
+from mitune.finetuning import finetune, read_captions
 from mitune.stages import open_model
 
 
@@ -18,7 +18,8 @@ def build(params, category: str, arm: str) -> pd.DataFrame:
     latents = pool["latents"][[row[prompt_id] for prompt_id in kept["prompt_id"]], kept["image"].to_list()]
     name = f"finetune-{category}-{arm}"
     with scratch(name, config, latents) as folder, progress(config.steps, f"finetune {category} {arm}", unit="step") as bar:
-        steps = finetune(model, latents, model.encode(list(kept["prompt"])), config, seed=config.seed, folder_checkpoints=folder, progress=bar.update)
+        captions = read_captions(model, list(kept["prompt"]), config)
+        steps = finetune(model, latents, captions, config, seed=config.seed, folder_checkpoints=folder, progress=bar.update)
         model.save_adapter(results.adapter(category, arm), dtype=config.save_dtype)
     curve = pd.DataFrame(steps).assign(category=category, arm=arm)
     write_table(curve, results.curve(category, arm), "curve")

@@ -27,14 +27,15 @@ def build(params, category: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def sampler(model, config, guidance_scale: float, seed: int):
-    """For prompts: latents (n, M, C, H, W), terms (n, M, S) and timesteps (n, S) of their candidates, of the same noise at every guidance scale.
+def sampler(model, config, guidance_scale: float, seed: int, first: int = 0):
+    """For prompts: latents (n, M, C, H, W), terms (n, M, S) and timesteps (n, S) of their candidates `first` to `first + M - 1`, of the same noise at every
+    guidance scale.
 
     `config` has M, num_inference_steps and batch_size.
     """
 
     def compute(items) -> dict[str, torch.Tensor]:
-        rows = [(item, image) for item in items for image in range(config.M)]
+        rows = [(item, image) for item in items for image in range(first, first + config.M)]
         conditioning = model.encode([item.text for item in items])[torch.arange(len(items)).repeat_interleave(config.M)]
         samples = sample(
             model, conditioning, model.null, guidance_scale=guidance_scale, num_inference_steps=config.num_inference_steps,
