@@ -151,9 +151,13 @@ class Similarity:
         distinct = sorted(set(prompts))
         with self._encoding:
             text = F.normalize(text_features(self.model, self.tokenizer, distinct), dim=-1)
-        image = torch.cat([F.normalize(image_features(self.model, part), dim=-1) for part in images.split(self.batch_size)])
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
-        return (image * text[rows]).sum(-1).float().cpu()
+        return (self.features(images) * text[rows]).sum(-1).float().cpu()
+
+    @torch.inference_mode()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """The images' embeddings (N, d), of unit norm."""
+        return torch.cat([F.normalize(image_features(self.model, part), dim=-1) for part in images.split(self.batch_size)])
 
 
 def text_features(model, tokenizer, texts: list[str]) -> torch.Tensor:

@@ -35,7 +35,7 @@ TEXT, WHOLE, REAL, TRUTH = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 _IMAGE = {"prompt_id": WHOLE, "prompt": TEXT, "image": WHOLE}
 _SCENE = {"scene": TEXT}  # what several wordings of a prompt have in common: the unit that is resampled
 _ALIGNMENT = {"judge": REAL, "similarity": REAL}  # probability of being right; cosine
-_EVALUATED = {"category": TEXT, "guidance_scale": REAL, **_IMAGE, **_SCENE, **_ALIGNMENT, "failure": TEXT}
+_EVALUATED = {"category": TEXT, "split": TEXT, "guidance_scale": REAL, **_IMAGE, **_SCENE, **_ALIGNMENT, "failure": TEXT}
 
 SCHEMAS: dict[str, dict[str, pa.DataType]] = {
     "scores": {
@@ -52,7 +52,7 @@ SCHEMAS: dict[str, dict[str, pa.DataType]] = {
     "images": {"category": TEXT, "arm": TEXT, "split": TEXT, "guidance_scale": REAL, **_IMAGE, **_SCENE, **_ALIGNMENT, "failure": TEXT},
     "evaluated": _EVALUATED,
     "cell": {"seed": WHOLE, **_EVALUATED, "base_judge": REAL, "base_similarity": REAL, "base_failure": TEXT},  # base: of the same prompt and noise
-    "kept": {"category": TEXT, "seed": WHOLE, **_IMAGE, "why": TEXT, **_ALIGNMENT},
+    "kept": {"category": TEXT, "seed": WHOLE, "round": WHOLE, "source": TEXT, **_IMAGE, "why": TEXT, **_ALIGNMENT},  # source: pool, or real, a pair's number
     "costs": {"category": TEXT, "seed": WHOLE, "parameters": WHOLE, "pool": WHOLE, "scores": WHOLE},  # trained parameters; evaluations of the denoiser
     "knows": {"category": TEXT, "kind": TEXT, "case": WHOLE, "prompt": TEXT, "wrong": TEXT, "margin": REAL, "correct": TRUTH},  # margin in nats
     "snapshots": {"step": WHOLE, "category": TEXT, "case": WHOLE, "prompt": TEXT, **_SCENE, "knows": TRUTH},
@@ -108,7 +108,12 @@ class Results:
         return self.folder / "evaluation" / category / "grids.safetensors"
 
     def cell(self, study: str, key: str) -> Path:
-        """A folder: `images.parquet`, `sets.parquet`, `costs.parquet`, `seconds.json`, and an adapter each in `adapters/{category}-{seed}`."""
+        """A folder: `images.parquet`, `sets.parquet`, `costs.parquet`, `seconds.json`, `features.safetensors`, and in `adapters` one of each
+        `{category}-{seed}`, those of later rounds `{category}-{seed}-{round}`.
+
+        The features are of unit norm: `images` and `base`, a row a row of `images.parquet`, and `reference/{category}/{split}` and
+        `decoded/{category}/{split}`, of rendered scenes of its prompts (`mitune.stages.steps.reference`).
+        """
         return self.folder / "studies" / study / key
 
     def base(self, name: str) -> Path:

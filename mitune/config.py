@@ -19,7 +19,7 @@ from mitune.schema import Range, build
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")  # T2I-CompBench's names
 ARMS = ("random", "mi_paper", "mi_best", "judge")  # who picks the fine-tuning set
 RULES = ("random", "judge", "similarity")  # by which a study may select, and any estimator
-
+EVALUATED = ("test_prompts", "val_prompts", "test_images", "reference_images", "guidance_scales")  # of a recipe: how its model is evaluated
 
 Count = Annotated[int, Range(1)]
 Size = Annotated[int, Range(0)]
@@ -27,6 +27,7 @@ Index = Annotated[int, Range(0, 1000)]  # of a diffusion timestep
 Steps = Annotated[int, Range(2, 1000)]
 Scale = Annotated[float, Range(0.0)]
 Rate = Annotated[float, Range(0.0, 0.99)]
+Share = Annotated[float, Range(0.0, 1.0)]
 Several = Annotated[int, Range(2)]
 Positive = Annotated[float, Range(1e-6)]
 
@@ -153,18 +154,36 @@ class Common:
     k: Count
     select: str
     pool_guidance_scale: Scale
+    rounds: Count
+    real: Share
+    real_captions: Literal["web", "clean"]
+    real_from: Literal["pretraining", "category"]
+    real_pairs: Count
     test_prompts: Count
+    val_prompts: Size
     test_images: Count
+    reference_images: Several
     steps: Count
 
 
 @dataclass(frozen=True)
 class Recipe(Common, Tuning):
-    """A cell of a study: its own entries, for the rest those of `studies.common` and `finetune`."""
+    """A cell of a study: its own entries, for the rest those of `studies.common`, `finetune` and, of guidance scales, `evaluate`.
+
+    `pool_adapter` is a recipe too: by it the model is fine-tuned that makes the pool, in place of the base.
+    """
+
+    guidance_scales: tuple[Scale, ...]
+    pool_adapter: Recipe | None = None
 
     @property
     def tuning(self) -> Tuning:
         return Tuning(**{field.name: getattr(self, field.name) for field in fields(Tuning)})
+
+    @property
+    def real_images(self) -> int:
+        """How many of the set's n_prompts k images are real."""
+        return round(self.real * self.n_prompts * self.k)
 
 
 @dataclass(frozen=True)
@@ -172,8 +191,10 @@ class Studies:
     """The default recipe, and each study's cells: what each has of its own (see `recipes`). A stage declares those that it needs."""
 
     common: Common
+    cfg_rounds: dict[str, Any] | None = None
     set_size: dict[str, Any] | None = None
     adapters: dict[str, Any] | None = None
+    selection: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -318,14 +339,27 @@ def declared(keys: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
 def recipes(params: Params | Declared, study: str) -> dict[str, Recipe]:
     """The cells of a study by key, in the order of params.yaml. Raises ValueError naming the entry (`studies.set_size.M30_k1.k`)."""
     studies, where = params.studies, f"studies.{study}"
-    return {key: _recipe(studies.common, params.finetune, cell, f"{where}.{key}") for key, cell in (getattr(studies, study) or {}).items()}
+    default = _default(studies.common, params.finetune, params.evaluate)
+    return {key: _recipe(default, cell, f"{where}.{key}") for key, cell in (getattr(studies, study) or {}).items()}
 
 
-def _recipe(common: Common, tuning: Tuning, cell: Any, where: str) -> Recipe:
+def _default(common: Common, tuning: Tuning, evaluate: Evaluate) -> dict[str, Any]:
+    """The entries of the default recipe."""
+    names = [field.name for field in fields(Recipe)]
+    given = vars(tuning) | vars(common) | {"guidance_scales": evaluate.guidance_scales}
+    return {name: value for name, value in given.items() if name in names}
+
+
+def _recipe(default: Mapping[str, Any], cell: Any, where: str) -> Recipe:
     if not isinstance(cell, Mapping):
         raise ValueError(f"{where} is {cell!r}: it must be a mapping, {{}} for the default recipe")
-    names = [field.name for field in fields(Recipe)]
-    return build(Recipe, {name: value for name, value in (vars(tuning) | vars(common)).items() if name in names} | dict(cell), where)
+    own = dict(cell)
+    if own.get("pool_adapter") is not None:
+        own["pool_adapter"] = _recipe(default, own["pool_adapter"], f"{where}.pool_adapter")
+        for name in ("categories", *EVALUATED):
+            if name in cell["pool_adapter"]:
+                raise ValueError(f"{where}.pool_adapter.{name} has no meaning: the category is the cell's, and the model that makes the pool is not evaluated")
+    return build(Recipe, dict(default) | own, where)
 
 
 def merge(values: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -404,10 +438,24 @@ def _check_studies(given: Mapping[str, Any]) -> None:
             where = f"studies.{study}.{key}"
             if not re.fullmatch(r"\w+", key):
                 raise ValueError(f"{where}: a key names a stage and a folder; it takes letters, digits and _")
-            if "finetune" in given:
-                recipe = _recipe(studies.common, given["finetune"], cell, where)
-                _check_common(recipe, where, given.get("estimators"))
-                _check_tuning(recipe, where)
+            if given.keys() >= {"finetune", "evaluate"}:
+                recipe = _recipe(_default(studies.common, given["finetune"], given["evaluate"]), cell, where)
+                _check_recipe(recipe, where, given.get("estimators"))
+
+
+def _check_recipe(recipe: Recipe, where: str, estimators: Mapping[str, Estimator] | None) -> None:
+    _check_common(recipe, where, estimators)
+    _check_tuning(recipe, where)
+    _check_list(f"{where}.guidance_scales", recipe.guidance_scales)
+    if recipe.real_images > recipe.real_pairs:
+        raise ValueError(f"{where}.real is {recipe.real}: that is {recipe.real_images} images, and real_pairs is {recipe.real_pairs}; raise real_pairs")
+    estimator = (estimators or {}).get(recipe.select)
+    if recipe.real and estimator and estimator.latents == "trajectory":
+        raise ValueError(f"{where}.real is {recipe.real} and select {recipe.select}: it has no trajectory; select by an estimator of renoised latents")
+    if recipe.pool_adapter:
+        if recipe.rounds > 1:
+            raise ValueError(f"{where}.rounds is {recipe.rounds}: the pool of a later round is the fine-tuned model's own; remove pool_adapter")
+        _check_recipe(recipe.pool_adapter, f"{where}.pool_adapter", estimators)
 
 
 def _check_common(recipe: Common, where: str, estimators: Mapping[str, Estimator] | None) -> None:

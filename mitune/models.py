@@ -199,10 +199,13 @@ class LatentDiffusion:
         self.pipeline.save_lora_weights(folder, save_function=partial(save_file, metadata=metadata), **layers)
 
 
-def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", adapter: Path | None = None, fuse: bool = True) -> LatentDiffusion:
+def load(
+    source: str | Path, *, device: str = "cpu", dtype: str = "float32", adapter: Path | Sequence[Path] | None = None, fuse: bool = True
+) -> LatentDiffusion:
     """A pipeline from a folder, or from the hub as "owner/name" or "owner/name@revision", with an adapter fused into it or (`fuse=False`) attached.
 
-    Fusing is done in float32 before `dtype` is applied to the network, and leaves a network of the base model's shape and speed.
+    Of several adapters, each trained on top of those before it, all are fused in turn, or all but the last. Fusing is done in float32 before
+    `dtype` is applied to the network, and leaves a network of the base model's shape and speed.
 
     Raises:
         ValueError: no such model, device, dtype or adapter; a model that is not Stable Diffusion's; an adapter that does not fit or changes nothing.
@@ -210,9 +213,10 @@ def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", ada
     kind = _dtype(dtype)
     place = _device(device)
     pipeline = _pipeline(str(source))
-    if adapter is not None:
-        parts = _attach(pipeline, Path(adapter))
-        if fuse:
+    folders = [] if adapter is None else [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
+    for n, folder in enumerate(folders, start=1):
+        parts = _attach(pipeline, Path(folder))
+        if fuse or n < len(folders):
             pipeline.fuse_lora(components=parts)
             pipeline.unload_lora_weights()
     pipeline.to(place)

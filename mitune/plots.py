@@ -132,6 +132,26 @@ def curves(
 
 
 @_styled
+def trade_off(paths: dict[str, dict], *, xlabel: str, ylabel: str, control: str | None = None, marked: dict[str, list] | None = None) -> Figure:
+    """Paths through a plane: {name: {label: (x interval, y interval)}}, points joined in order with both error bars, a label at each.
+
+    The path `control` is grey; `marked` {what: [(name, label), ...]} rings points.
+    """
+    figure, ax = plt.subplots(figsize=(6.4, 4.8))
+    for name, color in _colors(paths, control).items():
+        xs, ys = (_bars([point[axis] for point in paths[name].values()]) for axis in (0, 1))
+        ax.errorbar(xs[0], ys[0], xerr=xs[1], yerr=ys[1], fmt="o-", color=color, ecolor=(*matplotlib.colors.to_rgb(color), 0.35), ms=5, label=name)
+        for label, x, y in zip(paths[name], xs[0], ys[0], strict=True):
+            ax.annotate(str(label), (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=color)
+    for size, (what, points) in zip((15, 20, 25), (marked or {}).items(), strict=False):
+        x, y = zip(*([interval.mean for interval in paths[name][label]] for name, label in points), strict=True)
+        ax.plot(x, y, "o", ms=size, mfc="none", mec="black", mew=1.2, ls="none", label=what)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid()
+    return _legend(figure, ax, len(paths) + len(marked or {}))
+
+
+@_styled
 def save(figure: Figure, path: Path) -> Path:
     """Write `figure` as PNG without a date or a program's name, so that equal figures are equal bytes."""
     path = Path(path)

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional
@@ -26,10 +27,17 @@ def tables(params, kind: str) -> pd.DataFrame:
 CELLS = {"cell": "images.parquet", "kept": "sets.parquet", "costs": "costs.parquet"}
 
 
-def cells(params, study: str, kind: str) -> pd.DataFrame:
-    """One table over the cells of a study that params.yaml has, and no others, with a column `cell`; `kind` is cell, kept or costs."""
+def cells(params, study: str, kind: str, split: str = "test") -> pd.DataFrame:
+    """One table over the cells of a study that params.yaml has, and no others, with a column `cell`; `kind` is cell, of one split, kept or costs."""
     results, keys = Results(params.model), config.recipes(params, study)
-    return pd.concat([read_table(results.cell(study, key) / CELLS[kind], kind).assign(cell=key) for key in keys], ignore_index=True)
+    table = pd.concat([read_table(results.cell(study, key) / CELLS[kind], kind).assign(cell=key) for key in keys], ignore_index=True)
+    return table[table["split"] == split].reset_index(drop=True) if kind == "cell" else table
+
+
+def cell_features(params, study: str, key: str) -> dict[str, np.ndarray]:
+    """The stored features (N, d) of a cell, float64: `images` and `base` of the rows of its table, both splits in it, and of rendered scenes."""
+    found = read_tensors(Results(params.model).cell(study, key) / "features.safetensors")
+    return {name: values.double().numpy() for name, values in found.items()}
 
 
 def differences(images: pd.DataFrame, reference: str, value: str = "judge") -> pd.DataFrame:
@@ -45,7 +53,7 @@ def over_scenes_and_seeds(rows: pd.DataFrame, value: str) -> Interval:
 
 
 def cell_seconds(params, study: str) -> pd.DataFrame:
-    """How long the parts of each cell took where they were made, a column a cell: pool and scores in all, finetune the mean of the seeds."""
+    """How long the parts of each cell took where they were made, a column a cell: pool and scores in all, finetune the mean of its fine-tunings."""
     results, rows = Results(params.model), {}
     for key in config.recipes(params, study):
         parts = read_json(results.cell(study, key) / "seconds.json")

@@ -6,7 +6,7 @@ whole clusters are resampled. Where several seeds were run, clusters and seeds a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +89,33 @@ def paired_difference(a, b, clusters, seeds=None, *, resamples: int = RESAMPLES,
     if a.shape != b.shape:
         raise ValueError(f"paired values need aligned rows, got {a.shape} and {b.shape}; merge the tables on prompt and image first")
     return mean_interval(a - b, clusters, seeds, resamples=resamples, level=level, seed=seed)
+
+
+# ---------------------------------------------------------------- of a whole sample
+
+
+def jackknife(statistic: Callable[[np.ndarray], float], clusters, seeds=None, *, groups: int = 20, level: float = LEVEL) -> Interval:
+    """The mean over seeds of a smooth statistic of a whole sample, such as a distance of distributions, and its interval by the delete-a-group jackknife.
+
+    The n clusters are dealt in turn to G = min(groups, n) groups; with theta_g the value without group g and s the spread of the S seeds' values,
+    variance = (G - 1) / G sum_g (theta_g - mean)^2 + s^2 / S, and the interval is Student's with G - 1 degrees of freedom.
+
+    Args:
+        statistic: of the rows (indices) of one seed.
+        clusters: of all rows (N,), as in `mean_interval`.
+    """
+    clusters = np.asarray(clusters)
+    seeds = np.zeros(len(clusters)) if seeds is None else np.asarray(seeds)
+    names, which = np.unique(clusters, return_inverse=True)
+    parts = [np.flatnonzero(seeds == seed) for seed in np.unique(seeds)]
+    values = np.array([statistic(rows) for rows in parts])
+    if len(names) < 2:
+        return Interval(float(values.mean()), float("nan"), float("nan"), len(names))
+    count = min(groups, len(names))
+    without = np.array([np.mean([statistic(rows[which[rows] % count != group]) for rows in parts]) for group in range(count)])
+    variance = (count - 1) / count * ((without - without.mean()) ** 2).sum() + (values.var(ddof=1) / len(values) if len(values) > 1 else 0.0)
+    width = float(stats.t.ppf((1 + level) / 2, count - 1) * np.sqrt(variance))
+    return Interval(float(values.mean()), float(values.mean()) - width, float(values.mean()) + width, len(names))
 
 
 # ---------------------------------------------------------------- within a prompt

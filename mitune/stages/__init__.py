@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mitune import config, models, prompts
@@ -13,7 +14,8 @@ def path(entry: str) -> Path | str:
     return folder if folder.exists() else entry
 
 
-def open_model(params, *, adapter: Path | None = None) -> models.LatentDiffusion:
+def open_model(params, *, adapter: Path | Sequence[Path] | None = None) -> models.LatentDiffusion:
+    """The base, or with the adapters of these folders fused into it in turn."""
     return models.load(path(params.models[params.model].pipeline), device=params.device, dtype=params.dtype, adapter=adapter)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 
 import pandas as pd
+import torch
 
-from mitune.artifacts import Results, read_json, read_tensors, write_json, write_table
+from mitune.artifacts import Results, read_json, write_json, write_table, write_tensors
 from mitune.config import recipes
 from mitune.models import ADAPTER_FILE
-from mitune.stages.steps import adapter, candidates, evaluation, judged, keep, seconds
+from mitune.stages.steps import evaluation, features, reference, tuned
 
-SAME = ["category", "guidance_scale", "prompt_id", "prompt", "image", "scene"]
+SAME = ["category", "split", "guidance_scale", "prompt_id", "prompt", "image", "scene"]
 
 
 def build(params, study: str, key: str) -> pd.DataFrame:
@@ -20,27 +21,41 @@ def build(params, study: str, key: str) -> pd.DataFrame:
     `seconds.json` is apart from the rest: times differ from run to run, everything else does not.
     """
     recipe, place = recipes(params, study)[key], Results(params.model).cell(study, key)
-    images, sets, costs, times = [], [], [], {"pool": {}, "scores": {}, "finetune": {}}
+    images, seen, sets, costs, times = [], [], [], [], {"pool": {}, "scores": {}, "finetune": {}}
+    references: dict[str, torch.Tensor] = {}
+    splits = ("test", "val") if recipe.val_prompts else ("test",)
     for category in recipe.categories:
-        base = evaluation(params, recipe, category)
-        base = base.rename(columns={name: f"base_{name}" for name in base.columns.difference(SAME)})
-        pool = candidates(params, recipe, category)
-        times["pool"][category], times["scores"][category] = pool.seconds["pool"], pool.seconds["scores"]
+        for split in splits:
+            references |= {f"{name}/{category}/{split}": values for name, values in reference(params, recipe, category, split=split).items()}
         for seed in recipe.seeds:
-            chosen, latents = keep(pool, recipe, seed=params.seed, draw=seed)
-            alignment = read_tensors(judged(params, latents, list(chosen["prompt"])) / "block.safetensors")
-            sets.append(chosen.assign(category=category, seed=seed, **{name: values.double().numpy() for name, values in alignment.items()}))
-            trained = adapter(params, recipe, latents, list(chosen["prompt"]), seed=seed)
-            size = read_json(trained / "size.json")["parameters"]
-            costs.append({"category": category, "seed": seed, "parameters": size} | pool.evaluations)
-            times["finetune"][f"{category}-{seed}"] = seconds(trained)
-            to = place / "adapters" / f"{category}-{seed}"
-            to.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(trained / ADAPTER_FILE, to / ADAPTER_FILE)
-            images.append(evaluation(params, recipe, category, trained).merge(base, on=SAME, validate="one_to_one").assign(seed=seed))
+            model = tuned(params, recipe, category, seed=seed)
+            sets.append(model.kept.assign(category=category, seed=seed))
+            size = read_json(model.adapters[-1] / "size.json")["parameters"]
+            costs.append({"category": category, "seed": seed, "parameters": size} | model.evaluations)
+            for part, named in model.seconds.items():
+                times[part] |= named
+            for number, trained in enumerate(model.adapters, start=1):
+                _copy(trained / ADAPTER_FILE, place / "adapters" / (f"{category}-{seed}-{number}" if number > 1 else f"{category}-{seed}"))
+            for split in splits:
+                images.append(_paired(params, recipe, category, split, model.adapters).assign(seed=seed))
+                base = features(params, recipe, category, split=split)
+                seen.append({"images": features(params, recipe, category, *model.adapters, split=split), "base": base})
     table = pd.concat(images, ignore_index=True)
     write_table(table, place / "images.parquet", "cell")
+    write_tensors({name: torch.cat([part[name] for part in seen]) for name in ("images", "base")} | references, place / "features.safetensors")
     write_table(pd.concat(sets, ignore_index=True), place / "sets.parquet", "kept")
     write_table(pd.DataFrame(costs), place / "costs.parquet", "costs")
     write_json(times, place / "seconds.json")
     return table
+
+
+def _paired(params, recipe, category: str, split: str, adapters) -> pd.DataFrame:
+    """The images of the fine-tuned model, each beside the base's of the same prompt and noise."""
+    base = evaluation(params, recipe, category, split=split)
+    base = base.rename(columns={name: f"base_{name}" for name in base.columns.difference(SAME)})
+    return evaluation(params, recipe, category, *adapters, split=split).merge(base, on=SAME, validate="one_to_one")
+
+
+def _copy(file, folder) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, folder / file.name)

@@ -39,7 +39,8 @@ def build(params, category: str) -> pd.DataFrame:
 
 
 def evaluator(model, judges, config, guidance_scale: float, seed: int):
-    """For prompts: both alignment scores and the failure (n, images) and the first image (n, 3, H, W) as uint8."""
+    """For prompts: both alignment scores and the failure (n, images), the similarity model's features (n, images, d), float16, and the first image
+    (n, 3, H, W) as uint8."""
 
     def compute(items) -> dict[str, torch.Tensor]:
         rows = [(item, image) for item in items for image in range(config.images)]
@@ -51,6 +52,7 @@ def evaluator(model, judges, config, guidance_scale: float, seed: int):
         images, texts = model.decode(samples.latents), [item.text for item, _ in rows]
         failures = judges[0].failures(images, texts)
         values = judged(judges, images, texts) | {"failure": torch.tensor([judges[0].FAILURES.index(failure) for failure in failures])}
+        values["features"] = judges[1].features(images).half().cpu()
         shaped = {name: value.unflatten(0, (len(items), config.images)) for name, value in values.items()}
         return shaped | {"picture": ((images + 1) * 127.5).round().to(torch.uint8).unflatten(0, (len(items), config.images))[:, 0]}
 

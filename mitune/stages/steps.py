@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +18,17 @@ from mitune.finetuning import finetune, read_captions, trained_parameters
 from mitune.information import estimate, renoised_terms, renoised_timesteps
 from mitune.models import ADAPTER_FILE
 from mitune.prompts import Prompt
-from mitune.sampling import noises
+from mitune.sampling import noise_generator, noises
 from mitune.selection import select, select_random
-from mitune.stages import judging, open_model, path, read_prompts
+from mitune.stages import judging, open_model, pairs, path, read_prompts
 from mitune.stages.evaluate import evaluator, tabulate
 from mitune.stages.pool import sampler
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The pool of a recipe: of n prompts, latents (n, M, C, H, W), the score (n, M) by which images are kept (None for random), and their cost."""
+    """The pool of a recipe: of n prompts, latents (n, M, C, H, W), the score (n, M) by which images are kept (None for random), and their cost:
+    evaluations of the denoiser and seconds of `pool` and `scores`."""
 
     prompts: list[Prompt]
     latents: torch.Tensor
@@ -33,17 +37,108 @@ class Candidates:
     seconds: dict[str, float]
 
 
-def candidates(params, recipe: Recipe, category: str) -> Candidates:
-    """The first M images of each training prompt, from the blocks of a pool without end, and their scores."""
+@dataclass(frozen=True)
+class Tuned:
+    """A model fine-tuned by a recipe: its adapters in the order in which they are fused, the set of each round, and what they cost.
+
+    `kept` has a row an image: round, source ("pool" or "real"), prompt_id, prompt, image, why, judge, similarity. `seconds` are by part, `pool`,
+    `scores` or `finetune`, and by name: the category, and for what a seed has of its own in later rounds "{category}-{seed}-{round}".
+    """
+
+    adapters: tuple[Path, ...]
+    kept: pd.DataFrame
+    evaluations: dict[str, int]
+    seconds: dict[str, dict[str, float]]
+
+
+def tuned(params, recipe: Recipe, category: str, *, seed: int) -> Tuned:
+    """`rounds` times: candidates of the model with the adapters so far, the set kept of them, and a further adapter trained on top on that set.
+
+    The pool of the first round is the base's, or that of the model fine-tuned by `pool_adapter`; the adapter is trained on the base in either case.
+    No two rounds draw the same noise.
+    """
+    source = tuned(params, recipe.pool_adapter, category, seed=recipe.pool_adapter.seeds[0]) if recipe.pool_adapter else None
+    adapters, sets, evaluations = (), [], Counter(source.evaluations if source else {"pool": 0, "scores": 0})
+    times = {"pool": {}, "scores": {}, "finetune": {}}
+    width = math.ceil(recipe.M / recipe.block) * recipe.block
+    for number in range(1, recipe.rounds + 1):
+        makers = source.adapters if source else adapters
+        chosen, latents, pools = fine_tuning_set(params, recipe, category, *makers, seed=seed, first=(number - 1) * width)
+        trained = adapter(params, recipe, latents, list(chosen["prompt"]), *adapters, seed=seed)
+        adapters = (*adapters, trained)
+        alignment = read_tensors(judged(params, latents, list(chosen["prompt"])) / "block.safetensors")
+        sets.append(chosen.assign(round=number, **{name: values.double().numpy() for name, values in alignment.items()}))
+        later = f"-{number}" if number > 1 else ""
+        times["finetune"][f"{category}-{seed}{later}"] = seconds(trained)
+        for part in ("pool", "scores"):
+            times[part][f"{category}-{seed}{later}" if later else category] = sum(pool.seconds[part] for pool in pools)
+            evaluations[part] += sum(pool.evaluations[part] for pool in pools)
+    return Tuned(adapters, pd.concat(sets, ignore_index=True), dict(evaluations), times)
+
+
+def fine_tuning_set(params, recipe: Recipe, category: str, *on: Path, seed: int, first: int = 0) -> tuple[pd.DataFrame, torch.Tensor, list[Candidates]]:
+    """The n k images that one round trains on, a row each with its latents (n k, C, H, W), and the candidates that they come from.
+
+    `real_images` of them are the best of `real_pairs` pairs, each held against all others; the rest is what the recipe keeps of the pool's prompts, as many
+    of its images as there is room for, drawn by `seed`.
+    """
+    total, tables, latents, pools = recipe.n_prompts * recipe.k, [], [], []
+    if recipe.real_images < total:
+        pools.append(candidates(params, recipe, category, *on, first=first))
+        chosen, of_pool = keep(pools[-1], recipe, seed=params.seed, draw=seed)
+        room = torch.randperm(total, generator=noise_generator(params.seed, category, seed, "room"))[: total - recipe.real_images].sort().values
+        tables.append(chosen.iloc[room.tolist()].assign(source="pool"))
+        latents.append(of_pool[room])
+    if recipe.real_images:
+        pools.append(real_candidates(params, recipe, category, *on))
+        chosen, of_pairs = keep_real(pools[-1], recipe, seed=params.seed, draw=seed)
+        tables.append(chosen.assign(source="real"))
+        latents.append(of_pairs)
+    return pd.concat(tables, ignore_index=True), torch.cat(latents), pools
+
+
+def candidates(params, recipe: Recipe, category: str, *on: Path, first: int = 0) -> Candidates:
+    """M images of each training prompt from image `first` on, by the model with the adapters `on`, from the blocks of a pool without end, and their scores
+    by the same model."""
     items = read_prompts(params, category, "train", recipe.n_prompts)
-    blocks = [_pool_block(params, recipe, category, items, first) for first in range(0, recipe.M, recipe.block)]
-    scored = [] if recipe.select == "random" else [_score_block(params, recipe, items, block) for block in blocks]
+    blocks = [_pool_block(params, recipe, category, items, start, *on) for start in range(first, first + recipe.M, recipe.block)]
+    scored = [] if recipe.select == "random" else [_score_block(params, recipe, items, block, *on) for block in blocks]
     latents, score = ([read_tensors(folder / "block.safetensors")[name] for folder in of] for name, of in (("latents", blocks), ("score", scored)))
     return Candidates(
         items, torch.cat(latents, 1)[:, : recipe.M], torch.cat(score, 1)[:, : recipe.M] if score else None,
         evaluations={"pool": 2 * len(items) * recipe.M * params.pool.num_inference_steps, "scores": 2 * len(items) * recipe.M * _times(params, recipe.select)},
         seconds={"pool": sum(map(seconds, blocks)), "scores": sum(map(seconds, scored))},
     )  # fmt: skip
+
+
+def real_candidates(params, recipe: Recipe, category: str, *on: Path) -> Candidates:
+    """`real_pairs` captioned images that no model made, each the one candidate of its caption, and their scores by the model with the adapters `on`."""
+
+    def make(folder: Path) -> None:
+        images, texts = pairs.draw(params, recipe, category)
+        write_tensors({"latents": open_model(params).encode_images(images)[:, None]}, folder / "block.safetensors")
+        write_json(texts, folder / "captions.json")
+
+    key = (params.seed, category, recipe.real_pairs, recipe.real_captions, recipe.real_from, dict(params.pretrain))
+    block = shared("real", *_base(params), *key, make=make)
+    items = [Prompt(n, text) for n, text in enumerate(read_json(block / "captions.json"))]
+    scored = None if recipe.select == "random" else _score_block(params, recipe, items, block, *on)
+    return Candidates(
+        items, read_tensors(block / "block.safetensors")["latents"], read_tensors(scored / "block.safetensors")["score"] if scored else None,
+        evaluations={"pool": 0, "scores": 2 * len(items) * _times(params, recipe.select)},
+        seconds={"pool": seconds(block), "scores": seconds(scored) if scored else 0.0},
+    )  # fmt: skip
+
+
+def keep_real(pool: Candidates, recipe: Recipe, *, seed: int, draw: int) -> tuple[pd.DataFrame, torch.Tensor]:
+    """The `real_images` pairs with the highest scores, in the form of `keep`: as if all were candidates of one prompt."""
+    table = pd.DataFrame({"prompt_id": 0, "image": range(len(pool.prompts))})
+    if pool.score is None:
+        chosen = select_random(table, recipe.real_images, seed, draw)
+    else:
+        chosen = select(table.assign(**{recipe.select: pool.score.flatten().double().numpy()}), recipe.select, recipe.real_images)
+    rows = chosen["image"].to_list()
+    return chosen.assign(prompt_id=rows, image=0, prompt=[pool.prompts[row].text for row in rows]), pool.latents[rows, 0]
 
 
 def keep(pool: Candidates, recipe: Recipe, *, seed: int, draw: int) -> tuple[pd.DataFrame, torch.Tensor]:
@@ -60,37 +155,53 @@ def keep(pool: Candidates, recipe: Recipe, *, seed: int, draw: int) -> tuple[pd.
     return chosen.assign(prompt=first["prompt"].loc[chosen["prompt_id"]].to_numpy()), pool.latents[rows, chosen["image"].to_list()]
 
 
-def adapter(params, recipe: Recipe, latents: torch.Tensor, captions: Sequence[str], *, seed: int) -> Path:
-    """A folder with the adapter trained on these images (N, C, H, W) and captions, and `size.json`, how many `parameters` were trained."""
+def adapter(params, recipe: Recipe, latents: torch.Tensor, captions: Sequence[str], *on: Path, seed: int) -> Path:
+    """A folder with the adapter trained on these images (N, C, H, W) and captions, on top of the adapters `on`, and `size.json`, how many `parameters`
+    were trained."""
 
     def make(folder: Path) -> None:
-        model = open_model(params)
+        model = open_model(params, adapter=on)
         with progress(recipe.steps, f"finetune seed {seed}", unit="step") as bar:
             conditioning = read_captions(model, captions, recipe)
             finetune(model, latents, conditioning, recipe.tuning, seed=seed, folder_checkpoints=folder / "work", progress=bar.update)
         model.save_adapter(folder, dtype=recipe.save_dtype)
         write_json({"parameters": sum(parameter.numel() for parameter in trained_parameters(model).values())}, folder / "size.json")
 
-    return shared("adapter", *_base(params), recipe.tuning, seed, latents, list(captions), make=make)
+    return shared("adapter", *_base(params, *on), recipe.tuning, seed, latents, list(captions), make=make)
 
 
-def evaluation(params, recipe: Recipe, category: str, trained: Path | None = None) -> pd.DataFrame:
-    """Alignment of the model with an adapter, or of the base, on the test prompts (schema `evaluated`), at every guidance scale from the same noise."""
-    items = read_prompts(params, category, "test")[: recipe.test_prompts]
-    config = replace(params.evaluate, images=recipe.test_images)
+def evaluation(params, recipe: Recipe, category: str, *trained: Path, split: str = "test") -> pd.DataFrame:
+    """Alignment of the model with these adapters, or of the base, on the prompts of a split (schema `evaluated`), at every guidance scale from the same
+    noise."""
+    folders = _evaluated(params, recipe, category, split, trained)
+    return pd.concat([read_table(folder / "images.parquet", "evaluated") for folder in folders], ignore_index=True)
+
+
+def features(params, recipe: Recipe, category: str, *trained: Path, split: str = "test") -> torch.Tensor:
+    """The similarity model's features (N, d), of unit norm and float16, of the images of `evaluation`, a row a row."""
+    folders = _evaluated(params, recipe, category, split, trained)
+    return torch.cat([read_tensors(folder / "features.safetensors")["features"] for folder in folders])
+
+
+def reference(params, recipe: Recipe, category: str, *, split: str = "test") -> dict[str, torch.Tensor]:
+    """Features as in `features` of rendered scenes of which the prompts of a split are true: `reference`, `reference_images` of each prompt, and `decoded`,
+    as many other scenes as `evaluation` has images of a prompt, through the autoencoder: the best that the model could show."""
+    texts = [item.text for item in evaluated_prompts(params, recipe, category, split)]
 
     def make(folder: Path) -> None:
-        model, judges, frames = open_model(params, adapter=trained), judging.open_judges(params), []
-        with progress(len(items) * len(config.guidance_scales), f"evaluate {category}", unit="prompt") as bar:
-            for scale in config.guidance_scales:
-                compute = evaluator(model, judges, config, scale, params.seed)
-                values = shards(folder / "work" / str(scale), items, config.shard_prompts, compute, device=params.device, progress=bar)
-                frames.append(tabulate(values, items, judges[0]).assign(category=category, guidance_scale=scale))
-        write_table(pd.concat(frames, ignore_index=True), folder / "images.parquet", "evaluated")
+        model, (_, similarity) = open_model(params), judging.open_judges(params)
+        images = pairs.rendered(texts, recipe.reference_images, params.seed, "reference").flatten(0, 1)
+        others = pairs.rendered(texts, recipe.test_images, params.seed, "decoded").flatten(0, 1)
+        found = {"reference": similarity.features(images), "decoded": similarity.features(model.decode(model.encode_images(others)))}
+        write_tensors({name: values.half().cpu() for name, values in found.items()}, folder / "features.safetensors")
 
-    weights = trained / ADAPTER_FILE if trained else None
-    key = (*_base(params), *_judges(params), params.seed, config, category, [(item.prompt_id, item.text) for item in items], weights)
-    return read_table(shared("evaluation", *key, make=make) / "images.parquet", "evaluated")
+    key = (*_base(params), *_judges(params), params.seed, recipe.reference_images, recipe.test_images, texts)
+    return read_tensors(shared("reference", *key, make=make) / "features.safetensors")
+
+
+def evaluated_prompts(params, recipe: Recipe, category: str, split: str) -> list[Prompt]:
+    """The prompts of a split ("test" or "val") on which the recipe's model is evaluated."""
+    return read_prompts(params, category, split)[: {"test": recipe.test_prompts, "val": recipe.val_prompts}[split]]
 
 
 def judged(params, latents: torch.Tensor, captions: Sequence[str]) -> Path:
@@ -110,22 +221,23 @@ def seconds(folder: Path) -> float:
 # ---------------------------------------------------------------- blocks of a pool
 
 
-def _pool_block(params, recipe: Recipe, category: str, items: list[Prompt], first: int) -> Path:
-    """`block` images of each prompt from image `first` on, as stage `pool` makes them."""
+def _pool_block(params, recipe: Recipe, category: str, items: list[Prompt], first: int, *on: Path) -> Path:
+    """`block` images of each prompt from image `first` on, as stage `pool` makes them, by the model with the adapters `on`."""
     pool = replace(params.pool, M=recipe.block, guidance_scale=recipe.pool_guidance_scale)
 
     def make(folder: Path) -> None:
-        compute = sampler(open_model(params), pool, pool.guidance_scale, params.seed, first)
+        compute = sampler(open_model(params, adapter=on), pool, pool.guidance_scale, params.seed, first)
         with progress(len(items), f"pool {category} from image {first}", unit="prompt") as bar:
             tensors = shards(folder / "work", items, pool.shard_prompts, compute, device=params.device, progress=bar)
         write_tensors(tensors | {"timesteps": tensors["timesteps"][0]}, folder / "block.safetensors")
 
     settings = (pool.M, pool.guidance_scale, pool.num_inference_steps, pool.shard_prompts, pool.batch_size)
-    return shared("pool", *_base(params), params.seed, *settings, first, [(item.prompt_id, item.text) for item in items], make=make)
+    return shared("pool", *_base(params, *on), params.seed, *settings, first, [(item.prompt_id, item.text) for item in items], make=make)
 
 
-def _score_block(params, recipe: Recipe, items: list[Prompt], block: Path) -> Path:
-    """`score` (n, block) of a block by the recipe's rule, and by no other. The block's name stands for all that its images depend on, the seed too."""
+def _score_block(params, recipe: Recipe, items: list[Prompt], block: Path, *on: Path) -> Path:
+    """`score` (n, block) of a block by the recipe's rule, and by no other, and by the model with the adapters `on`. The block's name stands for all that
+    its images depend on, the seed too."""
     rule, estimator = recipe.select, params.estimators.get(recipe.select)
 
     def make(folder: Path) -> None:
@@ -135,8 +247,8 @@ def _score_block(params, recipe: Recipe, items: list[Prompt], block: Path) -> Pa
             captions = [item.text for item in items for _ in range(latents.shape[1])]
             score = read_tensors(judged(params, latents.flatten(0, 1), captions) / "block.safetensors")[rule].unflatten(0, latents.shape[:2])
         else:
-            model = open_model(params)
-            terms, timesteps = tensors.get(estimator.form), tensors["timesteps"]
+            model = open_model(params, adapter=on)
+            terms, timesteps = tensors.get(estimator.form), tensors.get("timesteps")
             if estimator.latents == "renoised":
                 timesteps = renoised_timesteps(len(model.alphas_cumprod), params.renoise.timesteps).repeat(params.renoise.noises)
                 terms = _renoised(params, model, items, latents, timesteps, estimator, folder / "work")
@@ -147,7 +259,7 @@ def _score_block(params, recipe: Recipe, items: list[Prompt], block: Path) -> Pa
 
     used = (params.renoise, params.pool.shard_prompts, params.pool.batch_size) if estimator and estimator.latents == "renoised" else ()
     judges = _judges(params) if estimator is None else ()
-    return shared("scores", rule if estimator is None else estimator, *used, *judges, block.name, make=make)
+    return shared("scores", *_base(params, *on), rule if estimator is None else estimator, *used, *judges, block.name, make=make)
 
 
 def _renoised(params, model, items, latents, timesteps, estimator, work: Path) -> torch.Tensor:
@@ -176,9 +288,31 @@ def _times(params, rule: str) -> int:
     return int((renoised_timesteps(1000, params.renoise.timesteps) > estimator.t_min).sum()) * params.renoise.noises
 
 
-def _base(params) -> tuple:
-    """What everything that the base model makes depends on."""
-    return path(params.models[params.model].pipeline), params.dtype, params.device
+def _evaluated(params, recipe: Recipe, category: str, split: str, trained: Sequence[Path]) -> list[Path]:
+    """A folder a guidance scale: `images.parquet` (schema `evaluated`) and the images' features."""
+    items, judges = evaluated_prompts(params, recipe, category, split), _judges(params)
+    opened = functools.cache(lambda: (open_model(params, adapter=trained), judging.open_judges(params)))
+
+    def at(scale: float) -> Path:
+        config = replace(params.evaluate, images=recipe.test_images, guidance_scales=(scale,))
+
+        def make(folder: Path) -> None:
+            model, scores = opened()
+            with progress(len(items), f"evaluate {category} {split} at {scale}", unit="prompt") as bar:
+                compute = evaluator(model, scores, config, scale, params.seed)
+                values = shards(folder / "work", items, config.shard_prompts, compute, device=params.device, progress=bar)
+            write_tensors({"features": values["features"].flatten(0, 1)}, folder / "features.safetensors")
+            write_table(tabulate(values, items, scores[0]).assign(category=category, split=split, guidance_scale=scale), folder / "images.parquet", "evaluated")
+
+        key = (*_base(params, *trained), *judges, params.seed, config, category, split, [(item.prompt_id, item.text) for item in items])
+        return shared("evaluation", *key, make=make)
+
+    return [at(scale) for scale in recipe.guidance_scales]
+
+
+def _base(params, *on: Path) -> tuple:
+    """What everything that the base model makes depends on, or that the model with the adapters `on` makes."""
+    return path(params.models[params.model].pipeline), params.dtype, params.device, [folder / ADAPTER_FILE for folder in on]
 
 
 def _judges(params) -> tuple:

@@ -1,0 +1,114 @@
+"""Alignment against image quality and variety of a study's cells: views of their stored features, their measures with intervals, and choices among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mitune import config, quality
+from mitune.artifacts import Results, read_table
+from mitune.reading import cell_features
+from mitune.statistics import Interval, jackknife
+
+DIMENSIONS = 16  # at most, of the projection for the Frechet distance
+MEASURES = {"cmmd": "CMMD", "frechet": "Frechet distance", "vendi": "Vendi score"}  # of the first two less is better, of the last more
+
+
+@dataclass(frozen=True)
+class View:
+    """Features (N, d) of images of some prompts, a row an image, and of reference images (P, K, d) of the P prompts; `prompts` (N,) are rows of it.
+
+    `scenes` and `seeds` (N,) are what is resampled. Two views are paired where these three are equal.
+    """
+
+    features: np.ndarray
+    prompts: np.ndarray
+    scenes: np.ndarray
+    seeds: np.ndarray
+    reference: np.ndarray
+
+    def measure(self, name: str, rows: np.ndarray) -> float:
+        """One of `MEASURES` of some rows, against the reference images of their prompts. The Frechet distance is taken in the directions in which all
+        reference images vary most, as many as the fewest images that `value` ever takes allow."""
+        x, whole = self.features[rows], self.reference.reshape(-1, self.reference.shape[-1])
+        if name == "vendi":
+            return quality.vendi(x)
+        own = self.reference[np.unique(self.prompts[rows])].reshape(-1, whole.shape[1])
+        if name == "cmmd":
+            return quality.cmmd(x, own)
+        directions = quality.principal(whole, self.dimensions)
+        return quality.frechet(x @ directions, own @ directions)
+
+    @property
+    def dimensions(self) -> int:
+        """Of the projection: 0 where the images are too few for any."""
+        fewest = min((self.seeds == seed).sum() for seed in np.unique(self.seeds))
+        return min(DIMENSIONS, int(0.9 * fewest) // quality.IMAGES_A_DIMENSION, self.reference.shape[-1])
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of `MEASURES` that so many images allow."""
+        return tuple(name for name in MEASURES if name != "frechet" or self.dimensions)
+
+
+def view(params, study: str, key: str, scale: float, *, split: str = "test", of: str = "images") -> View:
+    """Of a cell at a guidance scale: its images, with `of="base"` the base's of the same prompts and noise, with `of="decoded"` rendered scenes of these
+    prompts through the autoencoder, the nearest to the reference that the model could come."""
+    table, found = read_table(Results(params.model).cell(study, key) / "images.parquet", "cell"), cell_features(params, study, key)
+    at = np.flatnonzero((table["guidance_scale"] == scale) & (table["split"] == split))
+    rows = table.iloc[at]
+    order = {pair: n for n, pair in enumerate(dict.fromkeys(zip(rows["category"], rows["prompt_id"], strict=True)))}
+    categories = config.recipes(params, study)[key].categories
+    of_category = {name: [found[f"{name}/{category}/{split}"] for category in categories] for name in ("reference", "decoded")}
+    counts = rows.groupby("category", sort=False)["prompt_id"].nunique()
+    reference = np.concatenate([part.reshape(counts[category], -1, part.shape[1]) for category, part in zip(categories, of_category["reference"], strict=True)])
+    prompts = np.array([order[pair] for pair in zip(rows["category"], rows["prompt_id"], strict=True)])
+    scenes, seeds = (rows["category"] + " " + rows["scene"]).to_numpy(), rows["seed"].to_numpy()
+    if of != "decoded":
+        return View(found[of][at], prompts, scenes, seeds, reference)
+    first = seeds == seeds[0]
+    return View(np.concatenate(of_category["decoded"]), prompts[first], scenes[first], seeds[first], reference)
+
+
+def value(seen: View, name: str) -> Interval:
+    """A measure, the mean of the seeds; its interval resamples scenes and adds the spread of the seeds."""
+    return jackknife(lambda rows: seen.measure(name, rows), seen.scenes, seen.seeds)
+
+
+def point(seen: View, name: str) -> float:
+    """A measure, the mean of the seeds, without its interval: of however few images."""
+    return float(np.mean([seen.measure(name, np.flatnonzero(seen.seeds == seed)) for seed in np.unique(seen.seeds)]))
+
+
+def difference(a: View, b: View, name: str) -> Interval:
+    """A measure of `a` minus that of `b`, paired by scene and seed."""
+    return _paired(a, b, lambda rows: a.measure(name, rows) - b.measure(name, rows))
+
+
+def percent(a: View, b: View, name: str) -> Interval:
+    """By how many percent a measure of `a` lies above that of `b`, paired by scene and seed."""
+    return _paired(a, b, lambda rows: 100 * (a.measure(name, rows) / b.measure(name, rows) - 1))
+
+
+def _paired(a: View, b: View, statistic: Callable[[np.ndarray], float]) -> Interval:
+    for of_a, of_b in ((a.prompts, b.prompts), (a.scenes, b.scenes), (a.seeds, b.seeds)):
+        if not np.array_equal(of_a, of_b):
+            raise ValueError("two views that are compared must be of the same prompts and seeds; give the cells the same test_prompts and seeds")
+    return jackknife(statistic, a.scenes, a.seeds)
+
+
+# ---------------------------------------------------------------- choices
+
+
+def front(points: Mapping[Hashable, tuple[float, float]]) -> list:
+    """The keys of {key: (distance, alignment)} than which none is at least as good in both, less and more being better, and better in one; by distance."""
+    kept = [key for key, (x, y) in points.items() if not any((a <= x and b >= y) and (a < x or b > y) for a, b in points.values())]
+    return sorted(kept, key=lambda key: points[key])
+
+
+def sweet_spot(points: Mapping[Hashable, tuple[float, float]], limit: float):
+    """The key of {key: (distance, alignment)} with the highest alignment among those whose distance is at most `limit`; without any, the nearest."""
+    allowed = [key for key, (distance, _) in points.items() if distance <= limit]
+    return max(allowed, key=lambda key: points[key][1]) if allowed else min(points, key=lambda key: points[key][0])
