@@ -139,6 +139,22 @@ def test_fused_adapter_is_the_attached_one_in_a_plain_network(model, tiny_pipeli
     assert (tmp_path / "again" / ADAPTER_FILE).read_bytes() == (tmp_path / ADAPTER_FILE).read_bytes()
 
 
+def test_adapters_are_fused_in_turn(model, tiny_pipeline, batch, tmp_path):
+    """The second was trained on top of the first."""
+    attach(model, seed=0)
+    model.save_adapter(tmp_path / "first")
+    on_top = load(tiny_pipeline, adapter=tmp_path / "first")
+    attach(on_top, seed=1)
+    on_top.save_adapter(tmp_path / "second")
+    both = (tmp_path / "first", tmp_path / "second")
+    fused, loose = load(tiny_pipeline, adapter=both), load(tiny_pipeline, adapter=both, fuse=False)
+    assert not fused.adapted and loose.adapted
+    for loaded in (fused, loose):
+        assert_close(predict(loaded, batch), predict(on_top, batch), rtol=1e-4, atol=1e-4)
+    assert (predict(fused, batch) - predict(load(tiny_pipeline, adapter=both[1]), batch)).abs().max() > 1e-2
+    assert torch.equal(predict(load(tiny_pipeline, adapter=()), batch), predict(load(tiny_pipeline), batch))
+
+
 def test_saved_adapter_is_what_the_pipeline_reads(model, tiny_pipeline, batch, tmp_path):
     attach(model)
     model.save_adapter(tmp_path)

@@ -205,3 +205,27 @@ def test_a_sign_is_known_only_where_the_interval_lies_on_one_side(low, high, pos
     interval = statistics.Interval((low + high) / 2, low, high, 5)
     assert interval.positive is positive
     assert (-interval).positive is (None if positive is None else not positive)
+
+
+# ---------------------------------------------------------------- jackknife
+
+
+def test_the_jackknife_of_a_mean_is_students_interval():
+    values = np.random.default_rng(0).normal(3, 2, size=20)
+    ours = statistics.jackknife(lambda rows: values[rows].mean(), np.arange(20))
+    low, high = stats.t.interval(0.95, 19, values.mean(), values.std(ddof=1) / np.sqrt(20))
+    np.testing.assert_allclose([ours.mean, ours.low, ours.high], [values.mean(), low, high], rtol=1e-9)
+    assert ours.n == 20
+
+
+def test_the_jackknife_takes_whole_clusters_and_adds_the_spread_of_seeds():
+    """Of 3 seeds on the same 60 clusters of 2 rows; a constant has no width, an offset a seed only that of the seeds."""
+    clusters, seeds = np.tile(np.repeat(np.arange(60), 2), 3), np.repeat([0, 1, 2], 120)
+    seen = set()
+    alone = statistics.jackknife(lambda rows: float(seeds[rows[0]]), clusters, seeds)
+    width = stats.t.ppf(0.975, 19) * 1 / np.sqrt(3)
+    np.testing.assert_allclose([alone.mean, alone.low, alone.high], [1, 1 - width, 1 + width], rtol=1e-9)
+    statistics.jackknife(lambda rows: seen.add(tuple(np.bincount(clusters[rows], minlength=60))) or 0.0, clusters, seeds)
+    assert len(seen) == 21 and all(set(counts) <= {0, 2} for counts in seen)
+    one = statistics.jackknife(lambda rows: 5.0, np.zeros(4))
+    assert one.mean == 5.0 and np.isnan(one.low)

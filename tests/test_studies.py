@@ -4,12 +4,13 @@ import dataclasses
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
-from mitune import artifacts, config, reading, repro, smoke
+from mitune import artifacts, config, reading, repro, smoke, tradeoff
 from mitune.artifacts import Results, read_table
-from mitune.stages import cell, steps
+from mitune.stages import cell, judging, open_model, pairs, steps
 
 
 @pytest.fixture
@@ -63,6 +64,19 @@ def test_a_recipe_is_the_cell_over_the_default(values):
         ("adapters", {"adapter": "vera"}, "studies.adapters.x.adapter is 'vera'"),
         ("adapters", {"text_encoder": 1}, "studies.adapters.x.text_encoder is 1: it must be true or false"),
         ("adapters", {"timesteps": {"low": 9, "high": 9}}, "studies.adapters.x.timesteps is 9 to 9"),
+        ("cfg_rounds", {"rounds": 0}, "studies.cfg_rounds.x.rounds is 0: it must be at least 1"),
+        ("cfg_rounds", {"guidance_scales": []}, "studies.cfg_rounds.x.guidance_scales is []"),
+        ("cfg_rounds", {"guidance_scales": [1, 1.0]}, "studies.cfg_rounds.x.guidance_scales has an entry twice"),
+        ("cfg_rounds", {"reference_images": 1}, "studies.cfg_rounds.x.reference_images is 1: it must be at least 2"),
+        ("selection", {"real": 1.5}, "studies.selection.x.real is 1.5: it must be between 0.0 and 1.0"),
+        ("selection", {"real_captions": "true"}, "studies.selection.x.real_captions is 'true': it must be one of web, clean"),
+        ("selection", {"real": 0.5, "real_pairs": 1}, "studies.selection.x.real is 0.5: that is 2 images, and real_pairs is 1"),
+        ("selection", {"real": 0.5, "select": "path"}, "studies.selection.x.real is 0.5 and select path: it has no trajectory"),
+        ("selection", {"pool_adapter": "judge"}, "studies.selection.x.pool_adapter is 'judge': it must be a mapping"),
+        ("selection", {"pool_adapter": {"select": "jugde"}}, "studies.selection.x.pool_adapter.select is 'jugde'"),
+        ("selection", {"pool_adapter": {"rank": 0}}, "studies.selection.x.pool_adapter.rank is 0: it must be at least 1"),
+        ("selection", {"pool_adapter": {"test_prompts": 1}}, "studies.selection.x.pool_adapter.test_prompts has no meaning"),
+        ("selection", {"pool_adapter": {}, "rounds": 2}, "studies.selection.x.rounds is 2: the pool of a later round"),
     ],
 )
 def test_an_impossible_cell_is_refused_by_its_full_name(values, study, cell, named):
@@ -152,7 +166,129 @@ def test_a_cell_computed_anew_gives_equal_bytes(params):
     first = files()
     shutil.rmtree(config.root() / ".scratch")
     assert files() == first
-    assert len(first) == 5
+    assert len(first) == 6
+
+
+# ---------------------------------------------------------------- rounds
+
+
+def test_a_later_round_is_the_earlier_rounds_model_trained_on_its_own_images(params):
+    recipe = recipe_of(params, M=3, select="standard", rounds=2)
+    model = steps.tuned(params, recipe, "color", seed=1)
+    first, second = model.adapters
+    assert steps.tuned(params, recipe_of(params, M=3, select="standard"), "color", seed=1).adapters == (first,)
+    pool = steps.candidates(params, recipe, "color", first, first=4)  # 3 images in blocks of 2 take up 0 to 3
+    chosen, latents = steps.keep(pool, recipe, seed=params.seed, draw=1)
+    assert steps.adapter(params, recipe, latents, list(chosen["prompt"]), first, seed=1) == second
+    assert model.kept.query("round == 2")["image"].tolist() == chosen["image"].tolist()
+    of_base = steps.candidates(params, recipe, "color", first=4)
+    assert not torch.equal(pool.latents, of_base.latents) and not torch.equal(pool.score, of_base.score)
+    assert steps.adapter(params, recipe, latents, list(chosen["prompt"]), seed=1) != second
+    assert model.evaluations == {name: 2 * count for name, count in pool.evaluations.items()}
+    assert list(model.seconds["finetune"]) == ["color-1", "color-1-2"] and list(model.seconds["pool"]) == ["color", "color-1-2"]
+    scores = [steps.evaluation(params, recipe, "color", *adapters)["similarity"].tolist() for adapters in ((), (first,), (first, second), (second,))]
+    assert len(set(map(tuple, scores))) == 4
+
+
+def test_a_score_is_of_the_model_that_it_is_asked_of(params):
+    recipe = recipe_of(params, M=2, select="standard")
+    trained = steps.tuned(params, recipe, "color", seed=0).adapters
+    items, block = (
+        steps.read_prompts(params, "color", "train", 4),
+        steps._pool_block(params, recipe, "color", steps.read_prompts(params, "color", "train", 4), 0),
+    )
+    own, others = (artifacts.read_tensors(steps._score_block(params, recipe, items, block, *on) / "block.safetensors")["score"] for on in ((), trained))
+    assert not torch.equal(own, others)
+
+
+# ---------------------------------------------------------------- mixtures and other models' pools
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.25, 5), (0.5, 10), (0.9, 18), (1.0, 20)])
+def test_a_mixture_has_exactly_its_share_of_the_best_real_pairs(params, share, count):
+    recipe = recipe_of(params, M=5, k=5, real=share, real_pairs=24)
+    chosen, latents, pools = steps.fine_tuning_set(params, recipe, "color", seed=0)
+    real = chosen[chosen["source"] == "real"]
+    assert (len(chosen), len(real), len(latents)) == (20, count, 20)
+    best = pools[-1].score.flatten().sort(descending=True, stable=True).indices[:count]
+    assert real["prompt_id"].tolist() == best.tolist()
+    assert torch.equal(latents[-count:], pools[-1].latents[best, 0])
+    assert real["prompt"].tolist() == [pools[-1].prompts[n].text for n in best]
+    assert len(pools) == (1 if share == 1 else 2)
+    whole, of_pool = steps.keep(steps.candidates(params, recipe, "color"), recipe, seed=params.seed, draw=0)
+    rows = whole.reset_index().merge(chosen[chosen["source"] == "pool"], on=["prompt_id", "image"])["index"].tolist()
+    assert len(rows) == 20 - count and torch.equal(latents[: 20 - count], of_pool[rows])
+
+
+def test_web_captions_are_wrong_and_clean_ones_true(params):
+    judge, shares = judging.open_judges(params)[0], {}
+    for captions in ("web", "clean"):
+        images, texts = pairs.draw(params, recipe_of(params, real_captions=captions, real_pairs=300), "color")
+        shares[captions] = float((judge.score(images, texts) > 0.5).float().mean())
+    assert shares["clean"] > 0.9
+    assert 0.25 < shares["clean"] - shares["web"] < 0.6  # of two objects 1 - (1 - 0.35) (1 - 0.15) = 0.45 are wrong
+    _, texts = pairs.draw(params, recipe_of(params, real_from="category", real_captions="clean", real_pairs=20), "spatial")
+    assert all(any(word in text for word in (" on the left of ", " on the right of ", " above ", " below ")) for text in texts)
+
+
+def test_the_pool_of_another_model_and_the_adapter_of_the_base(params):
+    aligned = recipe_of(params, real=1.0, real_captions="clean", real_from="category", real_pairs=8, select="random")
+    recipe = recipe_of(params, M=2, select="standard", pool_adapter=aligned)
+    model = steps.tuned(params, recipe, "spatial", seed=0)
+    source = steps.tuned(params, aligned, "spatial", seed=aligned.seeds[0]).adapters
+    pool = steps.candidates(params, recipe, "spatial", *source)
+    chosen, latents = steps.keep(pool, recipe, seed=params.seed, draw=0)
+    assert model.adapters == (steps.adapter(params, recipe, latents, list(chosen["prompt"]), seed=0),)
+    assert not torch.equal(pool.latents, steps.candidates(params, recipe, "spatial").latents)
+
+
+# ---------------------------------------------------------------- quality and variety
+
+
+def test_features_are_those_of_the_images_of_their_rows(params, values):
+    values["studies"]["cfg_rounds"] = {"R2": {"rounds": 2, "M": 2, "val_prompts": 2, "guidance_scales": [1.0, 2.0]}}
+    params = config.read(values)
+    table = cell.build(params, "cfg_rounds", "R2")
+    found, similarity = reading.cell_features(params, "cfg_rounds", "R2"), judging.open_judges(params)[1]
+    for name, column in (("images", "similarity"), ("base", "base_similarity")):
+        text = torch.nn.functional.normalize(tradeoff_text(similarity, table["prompt"].tolist()), dim=-1).double().numpy()
+        np.testing.assert_allclose((found[name] * text).sum(1), table[column], atol=2e-3)
+    adapters = sorted(path.name for path in (Results(params.model).cell("cfg_rounds", "R2") / "adapters").iterdir())
+    assert adapters == ["color-0", "color-0-2", "color-1", "color-1-2"]
+    assert reading.cells(params, "cfg_rounds", "cell")["split"].unique().tolist() == ["test"]
+    ours, base = (tradeoff.view(params, "cfg_rounds", "R2", 2.0, of=of) for of in ("images", "base"))
+    assert ours.features.shape == (2 * 3, 96) and ours.reference.shape == (3, 2, 96)
+    assert ours.prompts.tolist() == [0, 1, 2] * 2 and ours.measures == ("cmmd", "vendi")
+    apart = tradeoff.difference(ours, base, "cmmd")
+    assert apart.mean == pytest.approx(tradeoff.value(ours, "cmmd").mean - tradeoff.value(base, "cmmd").mean)
+    assert tradeoff.point(tradeoff.view(params, "cfg_rounds", "R2", 1.0, split="val"), "vendi") >= 1
+    assert tradeoff.view(params, "cfg_rounds", "R2", 1.0, of="decoded").features.shape == (3, 96)
+    with pytest.raises(ValueError, match="same prompts and seeds"):
+        tradeoff.difference(ours, tradeoff.view(params, "cfg_rounds", "R2", 2.0, split="val"), "vendi")
+
+
+def tradeoff_text(similarity, texts):
+    from mitune.alignment import text_features
+
+    with torch.inference_mode():
+        return text_features(similarity.model, similarity.tokenizer, texts)
+
+
+def test_rendered_scenes_are_nearer_to_the_reference_than_an_untrained_models_images(params):
+    recipe = recipe_of(params, test_prompts=12, reference_images=4)
+    found = steps.reference(params, recipe, "color")
+    assert found["reference"].shape == (48, 96) and found["decoded"].shape == (12, 96)
+    judged = open_model(params).decode(torch.randn(12, 4, 8, 8))
+    noise = judging.open_judges(params)[1].features(judged).double().numpy()
+    reference = found["reference"].double().numpy()
+    assert tradeoff.quality.cmmd(reference[::2], reference[1::2]) < tradeoff.quality.cmmd(noise, reference)
+
+
+def test_the_front_and_the_sweet_spot():
+    points = {"a": (1.0, 50.0), "b": (2.0, 60.0), "c": (2.5, 55.0), "d": (4.0, 70.0), "e": (1.0, 40.0)}
+    assert tradeoff.front(points) == ["a", "b", "d"]
+    assert tradeoff.sweet_spot(points, 3.0) == "b"
+    assert tradeoff.sweet_spot(points, 0.5) == "a"
 
 
 # ---------------------------------------------------------------- reading
@@ -184,7 +320,7 @@ def test_a_new_or_changed_key_concerns_its_own_cell_and_article_alone(tmp_path):
     """Of parameters and commands; what else a stage depends on is files, which a key does not change."""
     folder = smoke.clone(tmp_path / "clone")
     before, overlay = declared(folder), tmp_path / "overlay.yaml"
-    assert {"set_size@M50_k1", "adapters@dora", "05_set_size", "06_adapters"} <= set(before)
+    assert {"set_size@M50_k1", "adapters@dora", "cfg_rounds@R2", "selection@real50", "04_cfg_rounds", "05_set_size", "08_selection"} <= set(before)
 
     def merged(cells):
         overlay.write_text(f"studies: {{set_size: {cells}}}")
