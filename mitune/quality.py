@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+SIGMA = 10.0  # of CMMD's kernel, as published
 IMAGES_A_DIMENSION = 5  # below it the sample covariance is too poor for a Frechet distance
 
 
@@ -29,7 +30,7 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
     return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(of_x) + np.trace(of_y) - 2 * np.trace(_root(root @ of_y @ root)))
 
 
-def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> float:
+def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = SIGMA) -> float:
     """1000 MMD^2 of unit-norm features (N, d) and (M, d) with the kernel exp(-|a - b|^2 / (2 sigma^2)) (CMMD: Jayasumana et al. 2024, sigma = 10).
 
     MMD^2 = mean_(i != j) k(x_i, x_j) + mean_(i != j) k(y_i, y_j) - 2 mean k(x_i, y_j), the unbiased estimate (Gretton et al. 2012, Eq. 3), which may be
@@ -42,8 +43,13 @@ def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> float:
     x, y = map(unit, _features(x, y))
     if min(len(x), len(y)) < 2:
         raise ValueError(f"{len(x)} and {len(y)} images: an unbiased MMD takes at least two of each")
-    within = [(gaussian(part, part, sigma).sum() - len(part)) / (len(part) * (len(part) - 1)) for part in (x, y)]
-    return float(1000 * (sum(within) - 2 * gaussian(x, y, sigma).mean()))
+    return cmmd_of(gaussian(x, x, sigma), gaussian(y, y, sigma), gaussian(x, y, sigma))
+
+
+def cmmd_of(of_x: np.ndarray, of_y: np.ndarray, between: np.ndarray) -> float:
+    """`cmmd` from the kernel's values of the features among themselves, (N, N) and (M, M), 1 on the diagonal, and of each with each (N, M)."""
+    within = [(kernel.sum() - len(kernel)) / (len(kernel) * (len(kernel) - 1)) for kernel in (of_x, of_y)]
+    return float(1000 * (sum(within) - 2 * between.mean()))
 
 
 def gaussian(x: np.ndarray, y: np.ndarray, sigma: float) -> np.ndarray:

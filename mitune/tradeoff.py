@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -32,14 +33,31 @@ class View:
     def measure(self, name: str, rows: np.ndarray) -> float:
         """One of `MEASURES` of some rows, against the reference images of their prompts. The Frechet distance is taken in the directions in which all
         reference images vary most, as many as the fewest images that `value` ever takes allow."""
-        x, whole = self.features[rows], self.reference.reshape(-1, self.reference.shape[-1])
+        each = self.reference.shape[1]
+        own = (np.unique(self.prompts[rows])[:, None] * each + np.arange(each)).ravel()
         if name == "vendi":
-            return quality.vendi(x)
-        own = self.reference[np.unique(self.prompts[rows])].reshape(-1, whole.shape[1])
+            return quality.vendi(self.features[rows])
         if name == "cmmd":
-            return quality.cmmd(x, own)
-        directions = quality.principal(whole, self.dimensions)
-        return quality.frechet(x @ directions, own @ directions)
+            of_x, of_y, between = self._kernels
+            return quality.cmmd_of(of_x[np.ix_(rows, rows)], of_y[np.ix_(own, own)], between[np.ix_(rows, own)])
+        projected, projected_reference = self._projected
+        return quality.frechet(projected[rows], projected_reference[own])
+
+    @cached_property
+    def _kernels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Those of `quality.cmmd_of` for all images."""
+        x, y = quality.unit(self.features), quality.unit(self._whole)
+        return quality.gaussian(x, x, quality.SIGMA), quality.gaussian(y, y, quality.SIGMA), quality.gaussian(x, y, quality.SIGMA)
+
+    @cached_property
+    def _projected(self) -> tuple[np.ndarray, np.ndarray]:
+        directions = quality.principal(self._whole, self.dimensions)
+        return self.features @ directions, self._whole @ directions
+
+    @property
+    def _whole(self) -> np.ndarray:
+        """All reference images, (P K, d)."""
+        return self.reference.reshape(-1, self.reference.shape[-1])
 
     @property
     def dimensions(self) -> int:
