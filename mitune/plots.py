@@ -138,7 +138,8 @@ def trade_off(paths: dict[str, dict], *, xlabel: str, ylabel: str, control: str 
     The path `control` is grey; `marked` {what: [(name, label), ...]} rings points.
     """
     figure, ax = plt.subplots(figsize=(6.4, 4.8))
-    for name, color in _colors(paths, control).items():
+    colors = _colors(paths, control)
+    for name, color in ((name, colors[name]) for name in paths):
         xs, ys = (_bars([point[axis] for point in paths[name].values()]) for axis in (0, 1))
         ax.errorbar(xs[0], ys[0], xerr=xs[1], yerr=ys[1], fmt="o-", color=color, ecolor=(*matplotlib.colors.to_rgb(color), 0.35), ms=5, label=name)
         for label, x, y in zip(paths[name], xs[0], ys[0], strict=True):

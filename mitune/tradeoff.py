@@ -14,7 +14,7 @@ from mitune.reading import cell_features
 from mitune.statistics import Interval, jackknife
 
 DIMENSIONS = 16  # at most, of the projection for the Frechet distance
-MEASURES = {"cmmd": "CMMD", "frechet": "Frechet distance", "vendi": "Vendi score"}  # of the first two less is better, of the last more
+MEASURES = {"cmmd": "CMMD", "frechet": "100 x Frechet distance", "vendi": "Vendi score"}  # of the first two less is better, of the last more
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class View:
             of_x, of_y, between = self._kernels
             return quality.cmmd_of(of_x[np.ix_(rows, rows)], of_y[np.ix_(own, own)], between[np.ix_(rows, own)])
         projected, projected_reference = self._projected
-        return quality.frechet(projected[rows], projected_reference[own])
+        return 100 * quality.frechet(projected[rows], projected_reference[own])
 
     @cached_property
     def _kernels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

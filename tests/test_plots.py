@@ -83,6 +83,16 @@ def test_curves_with_and_without_bands():
     assert ax.containers[0].lines[0].get_color() == ax.lines[1].get_color()
 
 
+def test_trade_off_joins_the_points_in_order_and_marks_some():
+    paths = {name: {"1.0": (rows["color"], rows["shape"]), "2.5": (rows["shape"], rows["color"])} for name, rows in SERIES.items()}
+    figure = plots.trade_off(paths, xlabel="CMMD", ylabel="%", control="base", marked={"front": [("MI-TUNE", "2.5")]})
+    (ax,) = figure.axes
+    np.testing.assert_allclose(ax.containers[1].lines[0].get_xydata(), [[65, 50], [50, 65]])
+    assert ax.containers[0].lines[0].get_color() == plots.CONTROL
+    assert [text.get_text() for text in ax.texts] == ["1.0", "2.5"] * 2
+    np.testing.assert_allclose(ax.lines[-1].get_xydata(), [[50, 65]])
+
+
 def test_settings_are_left_alone_and_bytes_are_equal(tmp_path):
     before = dict(matplotlib.rcParams)
     files = [plots.save(plots.interval_bars(SERIES, ylabel="%"), tmp_path / "new" / f"{n}.png") for n in range(2)]
