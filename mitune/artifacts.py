@@ -53,7 +53,10 @@ SCHEMAS: dict[str, dict[str, pa.DataType]] = {
     "evaluated": _EVALUATED,
     "cell": {"seed": WHOLE, **_EVALUATED, "base_judge": REAL, "base_similarity": REAL, "base_failure": TEXT},  # base: of the same prompt and noise
     "kept": {"category": TEXT, "seed": WHOLE, "round": WHOLE, "source": TEXT, **_IMAGE, "why": TEXT, **_ALIGNMENT},  # source: pool, or real, a pair's number
+    "merged": {"seed": WHOLE, **_EVALUATED, **{f"{of}_{name}": REAL for of in ("base", "own") for name in _ALIGNMENT}},  # own: of the category's own adapter
+    "layers": {"seed": WHOLE, "layer": TEXT, "norm": REAL, "cosine": REAL, "apart": REAL, "rows": REAL},  # see merging.describe
     "costs": {"category": TEXT, "seed": WHOLE, "parameters": WHOLE, "pool": WHOLE, "scores": WHOLE},  # trained parameters; evaluations of the denoiser
+    "timed": {"part": TEXT, "of": TEXT, "size": WHOLE, "repeat": WHOLE, "units": WHOLE, "seconds": REAL, "memory": REAL},  # see stages.cost
     "knows": {"category": TEXT, "kind": TEXT, "case": WHOLE, "prompt": TEXT, "wrong": TEXT, "margin": REAL, "correct": TRUTH},  # margin in nats
     "snapshots": {"step": WHOLE, "category": TEXT, "case": WHOLE, "prompt": TEXT, **_SCENE, "knows": TRUTH},
     "ranking": {"step": WHOLE, "category": TEXT, **_IMAGE, **_SCENE, "judge": REAL},  # and each estimator, in nats
@@ -109,12 +112,16 @@ class Results:
 
     def cell(self, study: str, key: str) -> Path:
         """A folder: `images.parquet`, `sets.parquet`, `costs.parquet`, `seconds.json`, `features.safetensors`, and in `adapters` one of each
-        `{category}-{seed}`, those of later rounds `{category}-{seed}-{round}`.
+        `{category}-{seed}`, those of later rounds `{category}-{seed}-{round}`; of the study `merging` `images.parquet` and `layers.parquet` alone.
 
         The features are of unit norm: `images` and `base`, a row a row of `images.parquet`, and `reference/{category}/{split}` and
         `decoded/{category}/{split}`, of rendered scenes of its prompts (`mitune.stages.steps.reference`).
         """
         return self.folder / "studies" / study / key
+
+    def cost(self, name: str) -> Path:
+        """`timed.parquet` or `facts.json`."""
+        return self.folder / "cost" / name
 
     def base(self, name: str) -> Path:
         """`knows.parquet` or `checks.json`."""

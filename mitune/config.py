@@ -20,6 +20,7 @@ CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex") 
 ARMS = ("random", "mi_paper", "mi_best", "judge")  # who picks the fine-tuning set
 RULES = ("random", "judge", "similarity")  # by which a study may select, and any estimator
 EVALUATED = ("test_prompts", "val_prompts", "test_images", "reference_images", "guidance_scales")  # of a recipe: how its model is evaluated
+OF_AN_ARM = {"categories", "test_prompts", "test_images", "guidance_scales", "merge", "weights", "density", "arm"}  # for a merge of the pipeline's adapters
 
 Count = Annotated[int, Range(1)]
 Size = Annotated[int, Range(0)]
@@ -186,6 +187,24 @@ class Recipe(Common, Tuning):
         return round(self.real * self.n_prompts * self.k)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Merge(Recipe):
+    """A cell of the study `merging`: one model for all of its `categories`, merged from their adapters or trained on the union of their sets."""
+
+    merge: Literal["weights", "adapters", "ties", "joint"]
+    weights: tuple[Scale, ...] | None = None
+    density: Annotated[float, Range(0.001, 0.999)] | None = None
+    arm: Literal[ARMS] | None = None
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weight of each category's adapter."""
+        return self.weights or (1 / len(self.categories),) * len(self.categories)
+
+
+KINDS = {"merging": Merge}  # what a cell is, by study; of every other study a Recipe
+
+
 @dataclass(frozen=True)
 class Studies:
     """The default recipe, and each study's cells: what each has of its own (see `recipes`). A stage declares those that it needs."""
@@ -194,7 +213,23 @@ class Studies:
     cfg_rounds: dict[str, Any] | None = None
     set_size: dict[str, Any] | None = None
     adapters: dict[str, Any] | None = None
+    merging: dict[str, Any] | None = None
     selection: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    arm: Literal[ARMS]
+    prompts: Count
+    M: Count
+    num_inference_steps: Steps
+    multiples: tuple[Count, ...]
+    repeats: Count
+    timesteps: Count
+    steps: Count
+    images: Count
+    rounds: Several
+    watts: Positive
 
 
 @dataclass(frozen=True)
@@ -255,6 +290,7 @@ class Params:
     evaluate: Evaluate
     information: Information
     studies: Studies
+    cost: Cost
     exact_worlds: ExactWorlds
     pretrain: dict[str, Any]  # checked by mitune.pretraining, which alone reads it
 
@@ -339,27 +375,35 @@ def declared(keys: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
 def recipes(params: Params | Declared, study: str) -> dict[str, Recipe]:
     """The cells of a study by key, in the order of params.yaml. Raises ValueError naming the entry (`studies.set_size.M30_k1.k`)."""
     studies, where = params.studies, f"studies.{study}"
-    default = _default(studies.common, params.finetune, params.evaluate)
-    return {key: _recipe(default, cell, f"{where}.{key}") for key, cell in (getattr(studies, study) or {}).items()}
+    cells = (getattr(studies, study) or {}).items()
+    return {key: _cell(study, studies.common, params.finetune, params.evaluate, cell, f"{where}.{key}") for key, cell in cells}
 
 
-def _default(common: Common, tuning: Tuning, evaluate: Evaluate) -> dict[str, Any]:
+def _cell(study: str, common: Common, finetune: Finetune, evaluate: Evaluate, cell: Any, where: str) -> Recipe:
+    kind = KINDS.get(study, Recipe)
+    default = _default(kind, common, finetune, evaluate)
+    if isinstance(cell, Mapping) and cell.get("arm"):  # trained by stage `finetune`
+        default |= {"steps": finetune.steps, "seeds": (finetune.seed,)}
+    return _recipe(kind, default, cell, where)
+
+
+def _default(kind: type[Recipe], common: Common, finetune: Finetune, evaluate: Evaluate) -> dict[str, Any]:
     """The entries of the default recipe."""
-    names = [field.name for field in fields(Recipe)]
-    given = vars(tuning) | vars(common) | {"guidance_scales": evaluate.guidance_scales}
+    names = [field.name for field in fields(kind)]
+    given = vars(finetune) | vars(common) | {"guidance_scales": evaluate.guidance_scales}
     return {name: value for name, value in given.items() if name in names}
 
 
-def _recipe(default: Mapping[str, Any], cell: Any, where: str) -> Recipe:
+def _recipe(kind: type[Recipe], default: Mapping[str, Any], cell: Any, where: str) -> Recipe:
     if not isinstance(cell, Mapping):
         raise ValueError(f"{where} is {cell!r}: it must be a mapping, {{}} for the default recipe")
     own = dict(cell)
     if own.get("pool_adapter") is not None:
-        own["pool_adapter"] = _recipe(default, own["pool_adapter"], f"{where}.pool_adapter")
+        own["pool_adapter"] = _recipe(Recipe, default, own["pool_adapter"], f"{where}.pool_adapter")
         for name in ("categories", *EVALUATED):
             if name in cell["pool_adapter"]:
                 raise ValueError(f"{where}.pool_adapter.{name} has no meaning: the category is the cell's, and the model that makes the pool is not evaluated")
-    return build(Recipe, dict(default) | own, where)
+    return build(kind, dict(default) | own, where)
 
 
 def merge(values: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -381,6 +425,8 @@ def _check(given: Mapping[str, Any]) -> None:
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
+    if "cost" in given and given["cost"].arm not in given.get("arms", ARMS):
+        raise ValueError(f"cost.arm is {given['cost'].arm!r}: `arms` has {', '.join(given['arms'])}")
     if "model" in given and given["model"] not in given.get("models", {given["model"]: None}):
         raise ValueError(f"model is {given['model']!r}: `models` has {', '.join(given['models'])}")
     if "model" in given and "reports" in given:
@@ -439,8 +485,10 @@ def _check_studies(given: Mapping[str, Any]) -> None:
             if not re.fullmatch(r"\w+", key):
                 raise ValueError(f"{where}: a key names a stage and a folder; it takes letters, digits and _")
             if given.keys() >= {"finetune", "evaluate"}:
-                recipe = _recipe(_default(studies.common, given["finetune"], given["evaluate"]), cell, where)
+                recipe = _cell(study, studies.common, given["finetune"], given["evaluate"], cell, where)
                 _check_recipe(recipe, where, given.get("estimators"))
+                if isinstance(recipe, Merge):
+                    _check_merge(recipe, set(cell), where, given)
 
 
 def _check_recipe(recipe: Recipe, where: str, estimators: Mapping[str, Estimator] | None) -> None:
@@ -466,6 +514,26 @@ def _check_common(recipe: Common, where: str, estimators: Mapping[str, Estimator
     rules = (*RULES, *(estimators or ()))
     if estimators is not None and recipe.select not in rules:
         raise ValueError(f"{where}.select is {recipe.select!r}: it must be one of {', '.join(rules)}")
+
+
+def _check_merge(recipe: Merge, own: set[str], where: str, given: Mapping[str, Any]) -> None:
+    if len(recipe.categories) < 2:
+        raise ValueError(f"{where}.categories has {len(recipe.categories)} entry: merging takes at least two")
+    if recipe.weights is not None and recipe.merge not in ("weights", "adapters"):
+        raise ValueError(f"{where}.weights: {recipe.merge} has none")
+    if len(recipe.shares) != len(recipe.categories):
+        raise ValueError(f"{where}.weights has {len(recipe.shares)} entries: it must have one for each of {len(recipe.categories)} categories")
+    if recipe.merge == "adapters" and abs(sum(recipe.shares) - 1) > 1e-6:
+        raise ValueError(f"{where}.weights sum to {sum(recipe.shares):g}: those of adapters must sum to 1")
+    if (recipe.density is None) == (recipe.merge == "ties"):
+        raise ValueError(f"{where}.density is {recipe.density}: ties has one, weights, adapters and joint have none")
+    if recipe.arm is None:
+        return
+    if own - OF_AN_ARM:
+        raise ValueError(f"{where}.{min(own - OF_AN_ARM)}: adapters of an arm are those of the pipeline; `finetune` and `pool` say how they are made")
+    for key, known in (("arms", {recipe.arm}), ("categories", set(recipe.categories))):
+        if missing := sorted(known - set(given.get(key, known))):
+            raise ValueError(f"{where}: the pipeline has no adapter of {missing[0]!r}: `{key}` has {', '.join(given[key])}")
 
 
 def _check_tuning(tuning: Tuning, where: str) -> None:

@@ -24,14 +24,14 @@ def tables(params, kind: str) -> pd.DataFrame:
     return pd.concat([read_table(getattr(results, kind)(*cell), kind) for cell in cells], ignore_index=True)
 
 
-CELLS = {"cell": "images.parquet", "kept": "sets.parquet", "costs": "costs.parquet"}
+CELLS = {"cell": "images.parquet", "kept": "sets.parquet", "costs": "costs.parquet", "merged": "images.parquet", "layers": "layers.parquet"}
 
 
 def cells(params, study: str, kind: str, split: str = "test") -> pd.DataFrame:
-    """One table over the cells of a study that params.yaml has, and no others, with a column `cell`; `kind` is cell, of one split, kept or costs."""
+    """One table over the cells of a study that params.yaml has, and no others, with a column `cell`; `kind` is a key of `CELLS`. Images are those of one split."""
     results, keys = Results(params.model), config.recipes(params, study)
     table = pd.concat([read_table(results.cell(study, key) / CELLS[kind], kind).assign(cell=key) for key in keys], ignore_index=True)
-    return table[table["split"] == split].reset_index(drop=True) if kind == "cell" else table
+    return table[table["split"] == split].reset_index(drop=True) if "split" in table else table
 
 
 def cell_features(params, study: str, key: str) -> dict[str, np.ndarray]:

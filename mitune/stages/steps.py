@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mitune.artifacts import progress, read_json, read_table, read_tensors, shar
 from mitune.config import Recipe
 from mitune.finetuning import finetune, read_captions, trained_parameters
 from mitune.information import estimate, renoised_terms, renoised_timesteps
-from mitune.models import ADAPTER_FILE
+from mitune.models import ADAPTER_FILE, LatentDiffusion
 from mitune.prompts import Prompt
 from mitune.sampling import noise_generator, noises
 from mitune.selection import select, select_random
@@ -170,10 +170,18 @@ def adapter(params, recipe: Recipe, latents: torch.Tensor, captions: Sequence[st
     return shared("adapter", *_base(params, *on), recipe.tuning, seed, latents, list(captions), make=make)
 
 
-def evaluation(params, recipe: Recipe, category: str, *trained: Path, split: str = "test") -> pd.DataFrame:
-    """Alignment of the model with these adapters, or of the base, on the prompts of a split (schema `evaluated`), at every guidance scale from the same
-    noise."""
-    folders = _evaluated(params, recipe, category, split, trained)
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is not the base with an adapter: how it is opened, and all that it depends on beside the base (as `artifacts.digest` takes it)."""
+
+    open: Callable[[], LatentDiffusion]
+    key: tuple
+
+
+def evaluation(params, recipe: Recipe, category: str, *trained: Path, split: str = "test", prepared: Prepared | None = None) -> pd.DataFrame:
+    """Alignment of the model with these adapters, of a prepared model, or of the base, on the prompts of a split (schema `evaluated`), at every guidance
+    scale from the same noise."""
+    folders = _evaluated(params, recipe, category, split, trained, prepared)
     return pd.concat([read_table(folder / "images.parquet", "evaluated") for folder in folders], ignore_index=True)
 
 
@@ -288,10 +296,10 @@ def _times(params, rule: str) -> int:
     return int((renoised_timesteps(1000, params.renoise.timesteps) > estimator.t_min).sum()) * params.renoise.noises
 
 
-def _evaluated(params, recipe: Recipe, category: str, split: str, trained: Sequence[Path]) -> list[Path]:
+def _evaluated(params, recipe: Recipe, category: str, split: str, trained: Sequence[Path], prepared: Prepared | None = None) -> list[Path]:
     """A folder a guidance scale: `images.parquet` (schema `evaluated`) and the images' features."""
     items, judges = evaluated_prompts(params, recipe, category, split), _judges(params)
-    opened = functools.cache(lambda: (open_model(params, adapter=trained), judging.open_judges(params)))
+    opened = functools.cache(lambda: (prepared.open() if prepared else open_model(params, adapter=trained), judging.open_judges(params)))
 
     def at(scale: float) -> Path:
         config = replace(params.evaluate, images=recipe.test_images, guidance_scales=(scale,))
@@ -305,6 +313,7 @@ def _evaluated(params, recipe: Recipe, category: str, split: str, trained: Seque
             write_table(tabulate(values, items, scores[0]).assign(category=category, split=split, guidance_scale=scale), folder / "images.parquet", "evaluated")
 
         key = (*_base(params, *trained), *judges, params.seed, config, category, split, [(item.prompt_id, item.text) for item in items])
+        key += (prepared.key,) if prepared else ()
         return shared("evaluation", *key, make=make)
 
     return [at(scale) for scale in recipe.guidance_scales]
