@@ -4,7 +4,7 @@
 PYTHON ?= python3
 run = PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python
 
-.PHONY: help env repro spine test smoke lab verify bench pretrain readme
+.PHONY: help env repro spine test smoke lab verify bench pretrain readme site
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,3 +45,6 @@ pretrain: .venv/stamp  ## train the embedded model anew (resumes where it stoppe
 
 readme: .venv/stamp  ## refresh the generated parts of README.md
 	@$(run) -m mitune.readme
+
+site: .venv/stamp  ## write the reports as static pages that need no network, in site/
+	@$(run) -m mitune.site

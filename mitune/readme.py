@@ -16,6 +16,7 @@ from mitune import config
 from mitune.repro import environment
 
 COMMANDS = {
+    "claims": "python -m mitune.claims",
     "help": "make help",
     "dag": "dvc dag --md --collapse-foreach-matrix",
     "stages": "dvc stage list --name-only",
@@ -24,15 +25,14 @@ COMMANDS = {
     "plots": "dvc plots show",
     "experiment": "dvc exp run --dry --force --single-item --name k2 -S set.k=2 sets@color",
 }
-PLAIN = {"dag", "metrics"}  # Markdown of their own: not fenced
+PLAIN = {"claims", "dag", "metrics"}  # Markdown of their own: not fenced
 _BLOCK = re.compile(r"<!-- begin:(?P<name>\w+) -->\n.*?<!-- end:(?P=name) -->", re.DOTALL)
 
 
 def output(name: str, root: Path) -> str:
     """What the command of a block prints, the project's own folder written as `.`. Raises ValueError if it fails."""
     command = shlex.split(COMMANDS[name])
-    if command[0] == "dvc":
-        command[:1] = [sys.executable, "-m", "dvc"]
+    command[:1] = {"dvc": [sys.executable, "-m", "dvc"], "python": [sys.executable]}.get(command[0], command[:1])
     env = {key: value for key, value in environment(root).items() if key not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}} | {"COLUMNS": "120"}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""`dvc repro` that says which stage of how many is running and about how long the rest will take (`make repro`, `make spine`)."""
+"""`dvc repro` that says which stage of how many is running and about how long the rest will take (`make repro`, `make spine`), and notes what made it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from mitune import config, runner
+from mitune import config, provenance, runner
 
 # on two cores, until a run has been timed:
 MINUTES = {"base": 3, "pool": 1.2, "scores": 1.2, "information": 5, "sets": 0.1, "finetune": 0.6, "evaluate": 3.8, "cost": 4}
@@ -48,10 +48,20 @@ def environment(root: Path) -> dict[str, str]:
     return env
 
 
+def note(root: Path, params: config.Params, this_run: dict, running: tuple[str, float] | None) -> None:
+    """Record the provenance of the stage that ran until now, if it has written its notebook since it began."""
+    if running:
+        stage, since = running
+        made = provenance.notebook(root, params.reports, params.model, stage)
+        if made.is_file() and made.stat().st_mtime >= since:
+            provenance.record(root / params.reports / provenance.FILE, this_run, stage, made, runner.seconds(stage.replace("@", "-")))
+
+
 def repro(arguments: list[str]) -> int:
     """Run `dvc repro` with `arguments`, with `--spine` among them of the spine's stages; its exit status."""
     root = config.root().resolve()
-    config.load(root / "params.yaml")
+    params = config.load(root / "params.yaml")
+    provenance.read(root / params.reports / provenance.FILE)  # a file that cannot be read is told of now, not after the first stage
     env = environment(root)
     listed = subprocess.run(command("stage", "list", "--name-only"), cwd=root, env=env, capture_output=True, text=True)
     if listed.returncode:
@@ -61,10 +71,14 @@ def repro(arguments: list[str]) -> int:
     if "--spine" in arguments:
         stages = spine(stages)
         arguments = [*(argument for argument in arguments if argument != "--spine"), *stages]
+    this_run, running = provenance.start(root, params.reports, params.device), None
     process = subprocess.Popen(command("repro", *arguments), cwd=root, env=env, stdout=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:
             found = _BEGINS.match(line)
+            if found:
+                note(root, params, this_run, running)
+                running = (found["stage"], time.time()) if found["stage"] else None
             if found and found["stage"]:
                 spent = (time.monotonic() - started) / 60
                 print(f"[{len(seen) + 1}/{len(stages)}] {found['stage']} · {spent:.1f} min so far · {time_left(stages, seen)}", flush=True)
@@ -78,7 +92,8 @@ def repro(arguments: list[str]) -> int:
         print("interrupted: the same command goes on from the last finished shard or checkpoint", file=sys.stderr)
         return 130
     if status == 0:
-        print(f"done in {(time.monotonic() - started) / 60:.1f} min: read {config.read_yaml(root / 'params.yaml')['reports']}/README.md")
+        note(root, params, this_run, running)
+        print(f"done in {(time.monotonic() - started) / 60:.1f} min: read {params.reports}/README.md, or make site")
     return status
 
 

@@ -92,6 +92,13 @@ def test_dvc_tells_nobody_and_keeps_results_apart():
     assert settings["'remote \"results\"'"]["url"] == "../dvcstore"
 
 
+def test_dvc_has_one_file_of_metrics():
+    """The headline: with all numbers of all articles, `dvc metrics show` and `dvc exp show` have thousands of columns."""
+    stages = config.read_yaml(ROOT / "dvc.yaml")["stages"]
+    metrics = {name: path for name, stage in stages.items() for entry in stage.get("do", stage).get("metrics", ()) for path in entry}
+    assert metrics == {"index": "${reports}/headline.json"}, "list an article's reports/metrics/ file under `outs` in dvc.yaml"
+
+
 def test_the_readmes_generated_parts_are_current():
     done = subprocess.run([sys.executable, "-m", "mitune.readme", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from mitune import config, smoke
+from mitune import claims, config, provenance, reported, site, smoke
+from mitune.artifacts import read_json
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -61,6 +62,28 @@ def test_reports_are_there(project, lock):
         assert (reports / f"{article}.ipynb").is_file()
         assert f"{article}.ipynb" in index
     assert dvc(project, "metrics", "show")
+
+
+def test_every_stage_has_its_provenance(project, lock):
+    noted = provenance.read(project / "reports" / provenance.FILE)
+    assert set(noted) == set(lock)
+    assert all(entry["clean"] and entry["seconds"] > 0 for entry in noted.values())
+
+
+def test_answers_are_findings_of_the_run(project, lock):
+    """Some of them: the toy size leaves out cells."""
+    answers = claims.load(project / "paper" / "answers.yaml", reported.load(project / "paper" / "reported.yaml"))
+    named = {finding for answer in answers.claims.values() for finding in answer.findings}
+    assert named & set(claims.findings(project / "reports"))
+    tested = [row for row in read_json(project / "reports" / "claims.json")["paper"] if row["findings"]]
+    assert tested
+
+
+def test_the_site_is_built_of_the_run(project, lock, tmp_path):
+    pytest.importorskip("latex2mathml")
+    pages = site.build(project, "reports", tmp_path / "site")
+    assert {"index", "stages", *(name for name in lock if name[0].isdigit())} == set(pages)
+    assert all("not noted" not in (tmp_path / "site" / f"{page}.html").read_text(encoding="utf-8") for page in pages)
 
 
 def test_a_forced_run_gives_equal_bytes(project, lock):

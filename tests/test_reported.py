@@ -62,7 +62,7 @@ def test_copies_agree(reported):
 def test_every_table_is_located_and_every_claim_testable(reported):
     assert {f"table_{n}" for n in range(1, 15)} <= set(reported.tables)
     assert all(table.title and table.unit and table.where for table in reported.tables.values())
-    assert len(reported.claims) == 22
+    assert len(reported.claims) == 27
     assert all(claim.claim and claim.evidence and claim.reported is not None and claim.comparison for claim in reported.claims.values())
 
 
