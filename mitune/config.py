@@ -425,8 +425,6 @@ def _check(given: Mapping[str, Any]) -> None:
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
-    if "cost" in given and given["cost"].arm not in given.get("arms", ARMS):
-        raise ValueError(f"cost.arm is {given['cost'].arm!r}: `arms` has {', '.join(given['arms'])}")
     if "model" in given and given["model"] not in given.get("models", {given["model"]: None}):
         raise ValueError(f"model is {given['model']!r}: `models` has {', '.join(given['models'])}")
     if "model" in given and "reports" in given:
@@ -435,6 +433,8 @@ def _check_names(given: Mapping[str, Any]) -> None:
             raise ValueError(f"reports is {given['reports']!r}: for model {given['model']!r} it must be {wanted!r}")
     for key, known in {"categories": CATEGORIES, "arms": ARMS}.items():
         _check_list(key, given.get(key, ()), known)
+    if "cost" in given and given["cost"].arm not in given.get("arms", ARMS):
+        raise ValueError(f"cost.arm is {given['cost'].arm!r}: `arms` has {', '.join(given['arms'])}")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", given.get("device", "cpu")):
         raise ValueError(f"device is {given['device']!r}: it must be cpu, cuda, cuda:<number> or mps")
 

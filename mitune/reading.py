@@ -28,7 +28,8 @@ CELLS = {"cell": "images.parquet", "kept": "sets.parquet", "costs": "costs.parqu
 
 
 def cells(params, study: str, kind: str, split: str = "test") -> pd.DataFrame:
-    """One table over the cells of a study that params.yaml has, and no others, with a column `cell`; `kind` is a key of `CELLS`. Images are those of one split."""
+    """One table over the cells of a study that params.yaml has, and no others, with a column `cell`; `kind` is a key of `CELLS`, images are of one
+    split."""
     results, keys = Results(params.model), config.recipes(params, study)
     table = pd.concat([read_table(results.cell(study, key) / CELLS[kind], kind).assign(cell=key) for key in keys], ignore_index=True)
     return table[table["split"] == split].reset_index(drop=True) if "split" in table else table
