@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
-import fcntl
-import hashlib
-import importlib.metadata
-import inspect
 import json
 import math
 import os
-import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +18,6 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from mitune import config
 
@@ -241,198 +231,3 @@ def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
 def _must_exist(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path} is missing: run `dvc repro` to make it; `dvc pull -r results --allow-missing` fetches the committed pools and MI adapters")
-
-
-# ---------------------------------------------------------------- going on after an interruption
-
-
-def digest(*parts: Any) -> str:
-    """A hash of values, of the contents of files and folders (paths), of tensors and dataclasses."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(_fingerprint(part).encode())
-        total.update(b"\0")
-    return total.hexdigest()[:16]
-
-
-def _fingerprint(part: Any) -> str:
-    if isinstance(part, Path):
-        files = [part] if part.is_file() else sorted(file for file in part.rglob("*") if file.is_file())
-        if not files:
-            raise ValueError(f"{part} is missing or empty: an input must be there before its hash can be taken")
-        return json.dumps([(str(file.relative_to(part)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files])
-    if isinstance(part, torch.Tensor):
-        raw = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return f"{part.dtype}{tuple(part.shape)}{hashlib.sha256(raw).hexdigest()}"
-    if dataclasses.is_dataclass(part) and not isinstance(part, type):
-        return _fingerprint({field.name: getattr(part, field.name) for field in dataclasses.fields(part)})
-    if isinstance(part, Mapping):
-        return json.dumps({str(key): _fingerprint(value) for key, value in part.items()}, sort_keys=True)
-    if isinstance(part, (list, tuple, range)):
-        return json.dumps([_fingerprint(value) for value in part])
-    return json.dumps(part)
-
-
-def _code() -> dict[str, str]:
-    """The sources of the package's modules that are in use: shards of another version of the code are not resumed."""
-    used = {name: module.__file__ for name, module in sorted(sys.modules.items()) if name.startswith("mitune.") and getattr(module, "__file__", None)}
-    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in used.items()}
-
-
-@contextlib.contextmanager
-def scratch(name: str, *key: Any) -> Iterator[Path]:
-    """An untracked folder `.scratch/{name}/{hash of key and code}` for unfinished work: kept on an error or a kill, removed at the end.
-
-    Work of another key under the same name is stale and is removed at the start.
-    """
-    home = config.root() / ".scratch" / name
-    folder = home / digest(*key, _code())
-    if home.is_dir():
-        for other in home.iterdir():
-            if other != folder:
-                shutil.rmtree(other)
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-    shutil.rmtree(home)
-
-
-# ---------------------------------------------------------------- computed once
-
-
-KEPT_DAYS = 30
-"""For so long something shared that nobody uses is kept."""
-
-LIBRARIES = ("accelerate", "diffusers", "peft", "torch", "transformers")
-
-
-def shared(name: str, *key: Any, make: Callable[[Path], object]) -> Path:
-    """The untracked folder `.scratch/shared/{name}-{hash of key and code}` that `make(folder)` fills, once for all stages and processes.
-
-    The code is that of the module that defines `make` and of all that this imports, and the versions of `LIBRARIES`. What an error or a kill
-    leaves lies beside it as `.part` and is given to `make` again; `folder / "work"` is for unfinished work and removed at the end. A second
-    process waits for the first. `seconds.json` in it tells how long the making took. When something is made, what has not been asked for in
-    `KEPT_DAYS` days is removed.
-    """
-    home = config.root() / ".scratch" / "shared"
-    folder = home / f"{name}-{digest(*key, sources(make), {library: importlib.metadata.version(library) for library in LIBRARIES})}"
-    part = folder.with_suffix(".part")
-    while not folder.exists():
-        part.mkdir(parents=True, exist_ok=True)
-        with _locked(part) as mine:
-            if mine and not folder.exists():
-                _timed(make, part)
-                shutil.rmtree(part / "work", ignore_errors=True)
-                part.rename(folder)
-                _remove_unused(home)
-    os.utime(folder)
-    return folder
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Alone among processes with this folder, for which it waits; whether the folder still has its name then."""
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield folder.exists() and folder.stat().st_ino == os.fstat(held).st_ino
-    finally:
-        os.close(held)
-
-
-def _timed(make: Callable[[Path], object], folder: Path) -> None:
-    """`make(folder)`; its time is added to that of earlier attempts, in `seconds.json`."""
-    file, started = folder / "seconds.json", time.perf_counter()
-    before = read_json(file)["seconds"] if file.is_file() else 0.0
-    try:
-        make(folder)
-    finally:
-        write_json({"seconds": round(before + time.perf_counter() - started, 3)}, file)
-
-
-def _remove_unused(home: Path) -> None:
-    for other in home.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process has finished or removed it
-            if time.time() - other.stat().st_mtime > KEPT_DAYS * 24 * 3600:
-                shutil.rmtree(other)
-
-
-def sources(function: Callable) -> dict[str, str]:
-    """SHA-256 of the file that defines a function, and of the package's modules that this file imports, and these in their turn."""
-    package = Path(__file__).parent
-    found, new = {}, {Path(inspect.getsourcefile(function))}
-    while new:
-        file = new.pop()
-        found[file] = hashlib.sha256(file.read_bytes()).hexdigest()
-        new |= _imported(file, package) - found.keys()
-    return {file.stem if file.parent == package else f"{file.parent.name}.{file.stem}": hashed for file, hashed in sorted(found.items())}
-
-
-def _imported(file: Path, package: Path) -> set[Path]:
-    """The files of the package's modules that a file imports, wherever in it."""
-    named = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.ImportFrom):
-            named |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names}
-    parts = [name.split(".")[1:] for name in named if name.split(".")[0] == package.name]
-    files = [file for part in parts for file in (package.joinpath(*part).with_suffix(".py"), package.joinpath(*part, "__init__.py"))]
-    return {file for file in files if file.is_file()}
-
-
-# ---------------------------------------------------------------- side by side
-
-
-def shards(
-    folder: Path, items: Sequence, size: int, compute: Callable[[Sequence], Mapping[str, torch.Tensor]], *, device: str, progress: tqdm | None = None
-) -> dict[str, torch.Tensor]:
-    """`compute` over consecutive slices of `items`, `size` long, joined along the first axis; finished slices are read from `folder`.
-
-    The bounds depend on `size` alone, so that an interrupted run ends with the same bytes as an uninterrupted one. `compute` returns
-    tensors of shape (len(slice), ...). `progress` is advanced by the number of items. On a CPU as many slices are computed side by side
-    as torch has threads, each on one of them: faster than one slice on all, and the bytes do not depend on the number of cores.
-    """
-    if not items:
-        raise ValueError("there is nothing to compute: items is empty")
-    files = {start: folder / f"{start:06d}.safetensors" for start in range(0, len(items), size)}
-
-    def finish(start: int) -> int:
-        part = items[start : start + size]
-        if not files[start].exists():
-            write_tensors(compute(part), files[start])
-        return len(part)
-
-    with _side_by_side(device) as each:
-        for done in each(finish, files):
-            if progress is not None:
-                progress.update(done)
-    parts = [read_tensors(file) for file in files.values()]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def workers(device: str) -> int:
-    """How many shards are computed at the same time."""
-    return torch.get_num_threads() if device == "cpu" else 1
-
-
-@contextlib.contextmanager
-def _side_by_side(device: str) -> Iterator[Callable]:
-    """A `map`: on a CPU by as many workers as torch has threads, of one thread each. After an error the work that has begun is still finished."""
-    if device != "cpu":
-        yield map
-        return
-    threads = workers(device)
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-def progress(total: int, desc: str, unit: str = "it") -> tqdm:
-    """A progress bar: drawn by the runner on the terminal ($MITUNE_PROGRESS is the file it follows), never in a saved notebook; else below the cell."""
-    follow = os.environ.get("MITUNE_PROGRESS")
-    if follow:
-        return tqdm(total=total, desc=desc, unit=unit, mininterval=0.5, ncols=100, file=open(follow, "a", encoding="utf-8", buffering=1))
-    return tqdm(total=total, desc=desc, unit=unit)

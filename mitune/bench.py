@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from mitune import config
-from mitune.artifacts import shards, workers
 from mitune.information import both_branches, orthogonal_terms
 from mitune.models import LatentDiffusion
 from mitune.prompts import Prompt
 from mitune.sampling import Sampler, noise_generator
+from mitune.shards import shards, workers
 from mitune.stages import open_model, read_prompts
 from mitune.stages.pool import sampler
 

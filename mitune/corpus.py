@@ -14,7 +14,7 @@ import torch
 from mitune import captions as grammar
 from mitune import scenes
 from mitune.alignment import CONTACT_CLASSES
-from mitune.artifacts import progress
+from mitune.shards import progress
 
 SPLITS = {"train": 0.38, "val": 0.12, "test": 0.50}  # shares of a category's scenes
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from mitune.config import Tuning
 from mitune.models import Conditioning, LatentDiffusion
+from mitune.recipes import Tuning
 
 TARGETS = {
     "unet": {"attention": ("to_k", "to_out.0", "to_q", "to_v"), "ff": ("ff.net.0.proj", "ff.net.2")},

@@ -8,19 +8,6 @@
 | `kappa` | kappa_t of Eq. 2 |
 
 Sums run over all entries of a latent. Terms are stored without kappa, so that every weighting and range of t is a query on them.
-
-A rectified flow z_t = (1 - t) z_0 + t noise predicts v = E[noise - z_0 | z_t], so that eps_c - eps_u = (1 - t) (v_c - v_u), and
-SNR = ((1 - t) / t)^2, d log SNR = -2 dt / (t (1 - t)). Put into I-MMSE (Guo et al. 2005), which is Eq. 2 in continuous time:
-
-    1/2 int E ||eps_c - eps_u||^2 d log SNR = int (1 - t) / t E ||v_c - v_u||^2 dt,
-
-over t from `low` to `high` the MI of z_low less that of z_high. Three terms have this weight (1 - t) / t; by form:
-
-| form | term | mean |
-|---|---|---|
-| orthogonal | ||v_c - v_u||^2 | the MI, of each prompt by itself |
-| standard | ||v - v_u||^2 - ||v - v_c||^2, v = noise - z_0 | likewise |
-| inner_product | v_c . (v_c - v_u) (RFMI, Wang et al. 2025, in their code) | the MI, over all prompts: the mean of v_c over them given z_t is v_u |
 """
 
 from __future__ import annotations
@@ -32,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from mitune import config
-from mitune.models import Conditioning, Denoiser, Flow, flow_signal_and_noise, signal_and_noise
+from mitune.models import Conditioning, Denoiser, signal_and_noise
 
 FORMS = ("orthogonal", "standard", "path")
 VARIANTS = ("paper", "authors")
@@ -79,21 +66,9 @@ def kappa(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, variant: str = 
     return (value / alpha if variant == "paper" else value)[t]
 
 
-def flow_weight(times: torch.Tensor) -> torch.Tensor:
-    """(1 - t) / t, (S,) float64, of a rectified flow: half of -d log SNR / dt, times (1 - t)^2 from eps to v.
-
-    Raises:
-        ValueError: times outside 0..1, or 0 itself, where the weight has no bound.
-    """
-    t = torch.as_tensor(times).double()
-    if t.numel() and not 0 < float(t.min()) <= float(t.max()) <= 1:
-        raise ValueError(f"times {float(t.min()):g}..{float(t.max()):g} must lie above 0, and at most at 1")
-    return (1 - t) / t
-
-
 def orthogonal_terms(eps_cond: torch.Tensor, eps_null: torch.Tensor) -> torch.Tensor:
     """||eps_c - eps_u||^2 of Eq. 2, (B,); never negative. Likewise of two velocities."""
-    return _sum((eps_cond.float() - eps_null.float()).square())
+    return summed((eps_cond.float() - eps_null.float()).square())
 
 
 def standard_terms(noise: torch.Tensor, eps_cond: torch.Tensor, eps_null: torch.Tensor) -> torch.Tensor:
@@ -102,24 +77,7 @@ def standard_terms(noise: torch.Tensor, eps_cond: torch.Tensor, eps_null: torch.
     Computed as (eps_c - eps_u) . (2 noise - eps_c - eps_u), which does not subtract two large numbers.
     """
     noise, eps_cond, eps_null = noise.float(), eps_cond.float(), eps_null.float()
-    return _sum((eps_cond - eps_null) * (2 * noise - eps_cond - eps_null))
-
-
-def inner_product_terms(v_cond: torch.Tensor, v_null: torch.Tensor) -> torch.Tensor:
-    """v_c . (v_c - v_u), (B,), of RFMI (Wang et al. 2025, as their code has it): ||v_c - v_u||^2 + v_u . (v_c - v_u); signed.
-
-    The second part depends on where the latents have their origin.
-    """
-    v_cond, v_null = v_cond.float(), v_null.float()
-    return _sum(v_cond * (v_cond - v_null))
-
-
-def guided_inner_product(inner_product, orthogonal, guidance_scale: float):
-    """v_w . (v_w - v_u) with v_w = v_u + w (v_c - v_u), as RFMI's code takes it: w inner_product + (w^2 - w) orthogonal, of terms or of estimates.
-
-    Its mean is w^2 times the MI.
-    """
-    return guidance_scale * inner_product + (guidance_scale**2 - guidance_scale) * orthogonal
+    return summed((eps_cond - eps_null) * (2 * noise - eps_cond - eps_null))
 
 
 def path_terms(z_t: torch.Tensor, z_prev: torch.Tensor, eps_cond: torch.Tensor, eps_null: torch.Tensor, kernel: Kernel) -> torch.Tensor:
@@ -134,24 +92,19 @@ def path_terms(z_t: torch.Tensor, z_prev: torch.Tensor, eps_cond: torch.Tensor, 
     if not kernel.sigma > 0:
         raise ValueError("the path log-ratio needs a stochastic step, and this one has sigma = 0; sample with deterministic=False")
     mean_cond, mean_null = kernel.mean(z_t.float(), eps_cond.float()), kernel.mean(z_t.float(), eps_null.float())
-    return _sum((mean_cond - mean_null) * (2 * z_prev.float() - mean_cond - mean_null)) / (2 * kernel.sigma**2)
+    return summed((mean_cond - mean_null) * (2 * z_prev.float() - mean_cond - mean_null)) / (2 * kernel.sigma**2)
 
 
 def both_branches(
     denoiser: Denoiser, latents: torch.Tensor, timesteps: int | torch.Tensor, conditioning: Conditioning, null: Conditioning
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """eps_c and eps_u, each (B, C, H, W), in one call of the denoiser; `null` has length 1 or B."""
-    return _both(denoiser.eps, latents, timesteps, conditioning, null)
+    return both(denoiser.eps, latents, timesteps, conditioning, null)
 
 
 def renoised_timesteps(total: int, count: int) -> torch.Tensor:
     """Timesteps (count,) at the middles of `count` equal parts of 0..total-1."""
     return ((torch.arange(count) + 0.5) * total / count).long()
-
-
-def flow_times(count: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-    """Times (count,) at the middles of `count` equal parts of low..high, float64."""
-    return low + (torch.arange(count).double() + 0.5) * (high - low) / count
 
 
 @torch.inference_mode()
@@ -176,11 +129,11 @@ def renoised_terms(
 
     def terms(rows, z_0, t, n):
         signal, sigma = signal_and_noise(denoiser.alphas_cumprod, t, n)
-        eps_cond, eps_null = both_branches(denoiser, signal * z_0 + sigma * n, t, conditioning[rows], _of_rows(null, rows))
+        eps_cond, eps_null = both_branches(denoiser, signal * z_0 + sigma * n, t, conditioning[rows], of_rows(null, rows))
         return {"orthogonal": orthogonal_terms(eps_cond, eps_null), "standard": standard_terms(n, eps_cond, eps_null)}
 
-    _check(latents, conditioning, null)
-    return _of_copies(terms, latents, timesteps, noise, denoiser.device, batch_size, progress)
+    must_fit(latents, conditioning, null)
+    return of_copies(terms, latents, timesteps, noise, denoiser.device, batch_size, progress)
 
 
 @torch.inference_mode()
@@ -201,7 +154,7 @@ def phrase_terms(
     Raises:
         ValueError: not as many prompts, or lists of phrases, as latents.
     """
-    _check(latents, conditioning, null)
+    must_fit(latents, conditioning, null)
     if len(phrases) != len(latents):
         raise ValueError(f"{len(latents)} latents, {len(phrases)} lists of phrases; give each latent the phrases of its prompt")
     counts, every = torch.tensor([len(own) for own in phrases]), Conditioning.cat(phrases)
@@ -210,7 +163,7 @@ def phrase_terms(
     def terms(rows, z_0, t, n):
         copy = torch.arange(len(rows)).repeat_interleave(counts[rows])  # of each phrase asked
         place = torch.cat([torch.arange(count) for count in counts[rows].tolist()])
-        asked = Conditioning.cat([_of_rows(null, rows), conditioning[rows], every[first[rows][copy] + place]])
+        asked = Conditioning.cat([of_rows(null, rows), conditioning[rows], every[first[rows][copy] + place]])
         signal, sigma = signal_and_noise(denoiser.alphas_cumprod, t, n)
         z_t, at = signal * z_0 + sigma * n, torch.cat([torch.arange(len(rows)).repeat(2), copy])
         null_eps, prompt_eps, phrase_eps = denoiser.eps(z_t[at], t[at], asked).split([len(rows), len(rows), len(copy)])
@@ -221,29 +174,8 @@ def phrase_terms(
             found[f"phrase_{form}"] = padded
         return found
 
-    found = _of_copies(terms, latents, timesteps, noise, denoiser.device, batch_size, progress)
+    found = of_copies(terms, latents, timesteps, noise, denoiser.device, batch_size, progress)
     return {name: values.movedim(1, -1) for name, values in found.items()}
-
-
-@torch.inference_mode()
-def flow_terms(
-    flow: Flow, latents: torch.Tensor, conditioning: Conditioning, null: Conditioning, *,
-    times: torch.Tensor, noise: torch.Tensor | Callable[[int], torch.Tensor], batch_size: int = 256, progress: Callable[[int], object] | None = None,
-) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Terms of given images z_0 (N, C, H, W) at z_t = (1 - t) z_0 + t noise, without the weight; arguments as of `renoised_terms`, `times` (R,) in 0..1.
-
-    Returns:
-        {"orthogonal": (N, R), "standard": (N, R), "inner_product": (N, R)}, float32, on the CPU.
-    """
-
-    def terms(rows, z_0, t, n):
-        signal, sigma = flow_signal_and_noise(t, n)
-        v_cond, v_null = _both(flow.velocity, signal * z_0 + sigma * n, t, conditioning[rows], _of_rows(null, rows))
-        forms = {"orthogonal": orthogonal_terms(v_cond, v_null), "standard": standard_terms(n - z_0, v_cond, v_null)}
-        return forms | {"inner_product": inner_product_terms(v_cond, v_null)}
-
-    _check(latents, conditioning, null)
-    return _of_copies(terms, latents, torch.as_tensor(times).float(), noise, flow.device, batch_size, progress)
 
 
 def estimate(terms: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, *, form: str, t_min: int = 0, variant: str = "paper") -> Estimate:
@@ -267,8 +199,8 @@ def estimate(terms: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch
         raise ValueError(f"no timestep lies above t_min = {t_min}; the largest is {int(timesteps.max())}")
     profile, timesteps = terms[..., kept].double(), timesteps[kept]
     if form == "path":
-        return _estimate(profile, timesteps, scale=len(timesteps))
-    return _estimate(profile * kappa(alphas_cumprod, timesteps, variant), timesteps)
+        return average(profile, timesteps, scale=len(timesteps))
+    return average(profile * kappa(alphas_cumprod, timesteps, variant), timesteps)
 
 
 def query(estimator: config.Estimator, terms: Mapping[str, torch.Tensor], alphas_cumprod: torch.Tensor) -> Estimate:
@@ -278,43 +210,27 @@ def query(estimator: config.Estimator, terms: Mapping[str, torch.Tensor], alphas
     return estimate(stored, timesteps, alphas_cumprod, form=estimator.form, t_min=estimator.t_min, variant=estimator.kappa or "paper")
 
 
-def flow_estimate(terms: torch.Tensor, times: torch.Tensor, *, low: float = 0.0, high: float = 1.0) -> Estimate:
-    """Point-wise MI of z_low less that of z_high, in nats, from any form's terms (..., S) at `times` (S,), evenly spaced or drawn uniformly in low..high.
-
-    int_low^high (1 - t) / t term_t dt, by the mean over the times.
-
-    Raises:
-        ValueError: terms that do not fit the times, or times outside low..high.
-    """
-    times = torch.as_tensor(times).double()
-    if terms.shape[-1] != len(times):
-        raise ValueError(f"terms of shape {tuple(terms.shape)} do not fit {len(times)} times; the last axis must be theirs")
-    if not low <= float(times.min()) <= float(times.max()) <= high:
-        raise ValueError(f"times {float(times.min()):g}..{float(times.max()):g} must lie in {low:g}..{high:g}")
-    return _estimate(terms.double() * flow_weight(times) * (high - low), times)
-
-
-def _estimate(profile: torch.Tensor, timesteps: torch.Tensor, scale: int = 1) -> Estimate:
+def average(profile: torch.Tensor, timesteps: torch.Tensor, scale: int = 1) -> Estimate:
     """The mean over the last axis of `profile`, times `scale`."""
     count = len(timesteps)
     spread = profile.std(-1) if count > 1 else torch.full(profile.shape[:-1], float("nan"), dtype=profile.dtype)
     return Estimate(profile.mean(-1) * scale, spread / count**0.5 * scale, profile, timesteps)
 
 
-def _both(predict: Callable[..., torch.Tensor], latents, timesteps, conditioning: Conditioning, null: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+def both(predict: Callable[..., torch.Tensor], latents, timesteps, conditioning: Conditioning, null: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
     """The conditional and the unconditional prediction, in one call of `predict(latents, timesteps, conditioning)`."""
-    twice = Conditioning.cat([conditioning, _of_rows(null, torch.arange(len(conditioning)))])
+    twice = Conditioning.cat([conditioning, of_rows(null, torch.arange(len(conditioning)))])
     timesteps = timesteps.repeat(2) if isinstance(timesteps, torch.Tensor) and timesteps.ndim else timesteps
     cond, uncond = predict(latents.repeat(2, 1, 1, 1), timesteps, twice).chunk(2)
     return cond, uncond
 
 
-def _of_rows(null: Conditioning, rows: torch.Tensor) -> Conditioning:
+def of_rows(null: Conditioning, rows: torch.Tensor) -> Conditioning:
     """The null prompts of some latents, one each, whether all share one or each has its own."""
     return null[[0] * len(rows)] if len(null) == 1 else null[rows]
 
 
-def _of_copies(measure: Callable[..., dict[str, torch.Tensor]], latents, timesteps, noise, device, batch_size, progress):
+def of_copies(measure: Callable[..., dict[str, torch.Tensor]], latents, timesteps, noise, device, batch_size, progress):
     """What `measure(rows, z_0, t, noise)` gives of each image with each noise, by form (N, R, ...); arguments as of `renoised_terms`."""
     timesteps, step = torch.as_tensor(timesteps), max(batch_size // len(timesteps), 1)
     draw = noise if callable(noise) else noise.__getitem__
@@ -330,12 +246,13 @@ def _of_copies(measure: Callable[..., dict[str, torch.Tensor]], latents, timeste
     return {form: torch.cat([part[form] for part in parts]).unflatten(0, (len(latents), len(timesteps))) for form in parts[0]}
 
 
-def _sum(values: torch.Tensor) -> torch.Tensor:
+def summed(values: torch.Tensor) -> torch.Tensor:
     """Sums (B,) over all entries of each latent."""
     return values.flatten(1).sum(1)
 
 
-def _check(latents: torch.Tensor, conditioning: Conditioning, null: Conditioning) -> None:
+def must_fit(latents: torch.Tensor, conditioning: Conditioning, null: Conditioning) -> None:
+    """Raises ValueError unless each latent has a prompt, and one null prompt or its own."""
     if len(latents) != len(conditioning) or len(null) not in (1, len(latents)):
         counts = f"{len(latents)} latents, {len(conditioning)} prompts, {len(null)} null prompts"
         raise ValueError(f"{counts}; give each latent a prompt, and one null prompt or one each")

@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 from mitune import captions as grammar
 from mitune import prompts
 from mitune.alignment import ShapesJudge
-from mitune.artifacts import digest, read_table, write_table
+from mitune.artifacts import read_table, write_table
 from mitune.config import Estimator, root
 from mitune.config import load as load_params
 from mitune.corpus import CaptionNoise, clean_scenes, web_latents, write_prompts
 from mitune.information import query, renoised_terms, renoised_timesteps
+from mitune.memo import digest
 from mitune.models import LatentDiffusion, load
 from mitune.networks import build_scheduler, build_tokenizer, build_unet, build_vae
 from mitune.parts import encode_texts, reconstruct, train_judge, train_similarity, train_text_encoder, train_unet, train_vae, whiten

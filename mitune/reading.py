@@ -14,6 +14,7 @@ from torch.nn import functional
 from mitune import config
 from mitune.artifacts import Results, read_json, read_table, read_tensors, write_json, write_metrics
 from mitune.models import load
+from mitune.recipes import recipes
 from mitune.statistics import Interval, mean_interval
 
 
@@ -30,7 +31,7 @@ CELLS = {"cell": "images.parquet", "kept": "sets.parquet", "costs": "costs.parqu
 def cells(params, study: str, kind: str, split: str = "test") -> pd.DataFrame:
     """One table over the cells of a study that params.yaml has, and no others, with a column `cell`; `kind` is a key of `CELLS`, images are of one
     split."""
-    results, keys = Results(params.model), config.recipes(params, study)
+    results, keys = Results(params.model), recipes(params, study)
     table = pd.concat([read_table(results.cell(study, key) / CELLS[kind], kind).assign(cell=key) for key in keys], ignore_index=True)
     return table[table["split"] == split].reset_index(drop=True) if "split" in table else table
 
@@ -56,7 +57,7 @@ def over_scenes_and_seeds(rows: pd.DataFrame, value: str) -> Interval:
 def cell_seconds(params, study: str) -> pd.DataFrame:
     """How long the parts of each cell took where they were made, a column a cell: pool and scores in all, finetune the mean of its fine-tunings."""
     results, rows = Results(params.model), {}
-    for key in config.recipes(params, study):
+    for key in recipes(params, study):
         parts = read_json(results.cell(study, key) / "seconds.json")
         rows[key] = {name: sum(times.values()) / (len(times) if name == "finetune" else 1) for name, times in parts.items()}
     return pd.DataFrame(rows)

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from mitune import config, provenance, runner
+from mitune.recipes import Studies
 
 # on two cores, until a run has been timed:
 MINUTES = {"base": 3, "pool": 1.2, "scores": 1.2, "information": 5, "sets": 0.1, "finetune": 0.6, "evaluate": 3.8, "cost": 4}
@@ -32,7 +33,7 @@ def time_left(stages: list[str], seen: set[str]) -> str:
 
 def spine(stages: list[str]) -> list[str]:
     """Those of the articles 00 to 03 and of what they need: without studies and costs, whose articles are the later ones, and the index."""
-    others = {field.name for field in fields(config.Studies)} | {"cost", "index"}
+    others = {field.name for field in fields(Studies)} | {"cost", "index"}
     return [stage for stage in stages if stage.partition("@")[0] not in others and not re.match(r"0[4-9]|[1-9]", stage)]
 
 

@@ -27,6 +27,17 @@ class Range:
         return f"between {self.low} and {self.high}"
 
 
+Count = Annotated[int, Range(1)]
+Size = Annotated[int, Range(0)]
+Index = Annotated[int, Range(0, 1000)]  # of a diffusion timestep
+Steps = Annotated[int, Range(2, 1000)]
+Scale = Annotated[float, Range(0.0)]
+Rate = Annotated[float, Range(0.0, 0.99)]
+Share = Annotated[float, Range(0.0, 1.0)]
+Several = Annotated[int, Range(2)]
+Positive = Annotated[float, Range(1e-6)]
+
+
 def build(kind: Any, value: Any, where: str) -> Any:
     """`value` as an instance of the annotation `kind`; `where` is its dotted key. Raises ValueError, one line, naming the key."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

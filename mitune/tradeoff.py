@@ -8,9 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from mitune import config, quality
+from mitune import quality
 from mitune.artifacts import Results, read_table
 from mitune.reading import cell_features
+from mitune.recipes import recipes
 from mitune.statistics import Interval, jackknife
 
 DIMENSIONS = 16  # at most, of the projection for the Frechet distance
@@ -78,7 +79,7 @@ def view(params, study: str, key: str, scale: float, *, split: str = "test", of:
     at = np.flatnonzero((table["guidance_scale"] == scale) & (table["split"] == split))
     rows = table.iloc[at]
     order = {pair: n for n, pair in enumerate(dict.fromkeys(zip(rows["category"], rows["prompt_id"], strict=True)))}
-    categories = config.recipes(params, study)[key].categories
+    categories = recipes(params, study)[key].categories
     of_category = {name: [found[f"{name}/{category}/{split}"] for category in categories] for name in ("reference", "decoded")}
     counts = rows.groupby("category", sort=False)["prompt_id"].nunique()
     reference = np.concatenate([part.reshape(counts[category], -1, part.shape[1]) for category, part in zip(categories, of_category["reference"], strict=True)])

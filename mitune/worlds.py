@@ -25,7 +25,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mitune.information import estimate, flow_estimate, flow_terms, flow_times, kappa, renoised_terms, renoised_timesteps
+from mitune.flow import flow_estimate, flow_terms, flow_times
+from mitune.information import estimate, kappa, renoised_terms, renoised_timesteps
 from mitune.mixture import MixtureWorld, stable_diffusion_schedule
 from mitune.sampling import Sampler, noise_generator, sample
 

@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from mitune import finetuning
-from mitune.config import Finetune, Timesteps
 from mitune.models import load
+from mitune.recipes import Finetune, Timesteps
 
 CONFIG = Finetune(
     adapter="dora", rank=4, lora_alpha=4, target_modules=("attention", "ff"), text_encoder=False, learning_rate=1e-2, betas=(0.9, 0.999), weight_decay=1e-2,

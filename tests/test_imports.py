@@ -11,8 +11,8 @@ from mitune import config
 PACKAGE = config.root() / "mitune"
 FLOORS = {
     0: {"schema", "prompts", "statistics", "plots", "captions", "reported"},
-    1: {"config", "geometry", "scenes", "mixture", "models"},
-    2: {"information", "sampling", "selection", "finetuning", "merging", "alignment", "quality", "worlds"},
+    1: {"recipes", "checks", "config", "geometry", "scenes", "mixture", "models"},
+    2: {"information", "flow", "sampling", "selection", "finetuning", "merging", "alignment", "quality", "worlds"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SOURCES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"}

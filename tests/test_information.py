@@ -8,16 +8,11 @@ from torch.distributions import Normal
 from torch.testing import assert_close
 
 from mitune.config import Estimator
+from mitune.flow import flow_estimate, flow_terms, flow_times, flow_weight, guided_inner_product, inner_product_terms
 from mitune.information import (
     Kernel,
     both_branches,
     estimate,
-    flow_estimate,
-    flow_terms,
-    flow_times,
-    flow_weight,
-    guided_inner_product,
-    inner_product_terms,
     kappa,
     orthogonal_terms,
     path_terms,

@@ -8,6 +8,7 @@ import torch
 
 from mitune import artifacts, config, merging, models, reading
 from mitune.artifacts import Results, read_table, read_tensors
+from mitune.recipes import Studies, recipes
 from mitune.stages import finetune, pool, scores, sets, steps
 from mitune.stages import merging as stage
 
@@ -58,7 +59,7 @@ def test_an_impossible_merge_is_refused_by_its_full_name(values, cell, named):
 
 def test_adapters_of_an_arm_have_the_pipelines_seed_and_steps(values):
     values["finetune"]["seed"], values["finetune"]["steps"] = 7, 9
-    cells = config.recipes(config.read(values), "merging")
+    cells = recipes(config.read(values), "merging")
     assert (cells["mean_of_six"].seeds, cells["mean_of_six"].steps) == ((7,), 9)
     assert (cells["lambda_0"].seeds, cells["lambda_0"].steps) == ((0,), 4)
     assert cells["mean_of_six"].shares == (0.5, 0.5)
@@ -68,7 +69,7 @@ def test_merged_cells(params):
     """Ends of lambda, a cell of every kind, what is read from them, and equal bytes from nothing."""
     keys = ["lambda_0", "lambda_100", "averaged", "ties", "joint"]
     tables = {key: stage.build(params, key) for key in keys}
-    recipe = config.recipes(params, "merging")["lambda_0"]
+    recipe = recipes(params, "merging")["lambda_0"]
     assert all(len(table) == 2 * recipe.test_prompts * recipe.test_images * len(params.evaluate.guidance_scales) for table in tables.values())
     own = ["category", "guidance_scale", "prompt_id", "own_judge", "base_judge"]
     assert all(table[own].equals(tables["lambda_0"][own]) for table in tables.values())
@@ -80,7 +81,7 @@ def test_merged_cells(params):
     place = Results(params.model).cell("merging", "ties")
     layers = read_table(place / "layers.parquet", "layers")
     assert layers["layer"].is_unique and layers["layer"].str.startswith("unet.").all() and (layers["apart"] > 0).all()
-    asked = config.Declared(vars(params) | {"studies": config.Studies(params.studies.common, merging={key: dict(params.studies.merging[key]) for key in keys})})
+    asked = config.Declared(vars(params) | {"studies": Studies(params.studies.common, merging={key: dict(params.studies.merging[key]) for key in keys})})
     assert reading.cells(asked, "merging", "merged")["cell"].unique().tolist() == keys
     assert reading.cells(asked, "merging", "layers").groupby("cell", sort=False).size().index.tolist() == keys
     whole = {file.name: file.read_bytes() for file in place.iterdir()}
@@ -96,7 +97,7 @@ def test_the_pipelines_adapters_are_merged_as_they_are(params):
         sets.build(params, category)
         finetune.build(params, category, "mi_best")
     table = stage.build(params, "mean_of_six")
-    recipe = config.recipes(params, "merging")["mean_of_six"]
+    recipe = recipes(params, "merging")["mean_of_six"]
     folders = [Results(params.model).adapter(category, "mi_best") for category in recipe.categories]
     for category, folder in zip(recipe.categories, folders, strict=True):
         own = steps.evaluation(params, recipe, category, folder)
@@ -112,7 +113,7 @@ def test_the_pipelines_adapters_are_merged_as_they_are(params):
 
 
 def test_a_prepared_model_is_known_by_its_key(params):
-    recipe, opened = config.recipes(params, "merging")["lambda_0"], []
+    recipe, opened = recipes(params, "merging")["lambda_0"], []
 
     def prepared(key):
         return steps.Prepared(lambda: opened.append(key) or steps.open_model(params), (key,))

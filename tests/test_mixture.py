@@ -7,7 +7,8 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.testing import assert_close
 
-from mitune.information import estimate, flow_estimate, flow_terms, flow_times, guided_inner_product, renoised_terms, renoised_timesteps
+from mitune.flow import flow_estimate, flow_terms, flow_times, guided_inner_product
+from mitune.information import estimate, renoised_terms, renoised_timesteps
 from mitune.mixture import MixtureWorld, stable_diffusion_schedule
 from mitune.sampling import Sampler, sample
 

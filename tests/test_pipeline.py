@@ -9,10 +9,11 @@ import pytest
 
 from mitune import claims, config, provenance, reported, site, smoke
 from mitune.artifacts import read_json
+from mitune.recipes import Studies
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-STUDIES = {field.name for field in dataclasses.fields(config.Studies)}
+STUDIES = {field.name for field in dataclasses.fields(Studies)}
 
 
 def run(project, *command):

@@ -17,8 +17,8 @@ def trivial(tmp_path):
     """A stage notebook that prints what it was given, with a bar and a warning on the way."""
     cells = [
         new_code_cell('category = "color"\nparameters = None', metadata={"tags": ["parameters"]}),
-        new_code_cell("from mitune import artifacts, config\n\nparams = config.read(parameters)"),
-        new_code_cell('with artifacts.progress(2, "work") as bar:\n    bar.update(2)\nprint(category, params.pool.M, params.pool.guidance_scale)'),
+        new_code_cell("from mitune import config, shards\n\nparams = config.read(parameters)"),
+        new_code_cell('with shards.progress(2, "work") as bar:\n    bar.update(2)\nprint(category, params.pool.M, params.pool.guidance_scale)'),
     ]
     path = tmp_path / "a stage.ipynb"
     nbformat.write(new_notebook(cells=cells), path)

@@ -10,6 +10,7 @@ import torch
 
 from mitune import artifacts, config, reading, repro, smoke, tradeoff
 from mitune.artifacts import Results, read_table
+from mitune.recipes import Tuning, recipes
 from mitune.stages import cell, judging, open_model, pairs, steps
 
 
@@ -33,7 +34,7 @@ def params(values, tiny_pipeline, tmp_path, monkeypatch):
 
 
 def recipe_of(params, **changes):
-    return dataclasses.replace(config.recipes(params, "set_size")["same"], **changes)
+    return dataclasses.replace(recipes(params, "set_size")["same"], **changes)
 
 
 # ---------------------------------------------------------------- recipes
@@ -41,12 +42,12 @@ def recipe_of(params, **changes):
 
 def test_a_recipe_is_the_cell_over_the_default(values):
     params = config.read(values)
-    cells = config.recipes(params, "set_size")
+    cells = recipes(params, "set_size")
     assert list(cells) == ["same", "larger"]
     assert (cells["larger"].M, cells["larger"].k) == (5, params.studies.common.k)
-    assert cells["same"].tuning == config.Tuning(**{name: value for name, value in vars(params.finetune).items() if name != "seed"} | {"steps": 4})
-    assert cells["same"] == config.recipes(params, "adapters")["dora"]
-    assert config.recipes(params, "adapters")["text_encoder"].text_encoder is True
+    assert cells["same"].tuning == Tuning(**{name: value for name, value in vars(params.finetune).items() if name != "seed"} | {"steps": 4})
+    assert cells["same"] == recipes(params, "adapters")["dora"]
+    assert recipes(params, "adapters")["text_encoder"].text_encoder is True
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_a_cell_of_two_seeds(params, tmp_path, monkeypatch):
     """Its outputs, and that a second time, and for a cell of another study with the same recipe, nothing is computed."""
     table = cell.build(params, "adapters", "dora")
     place = Results(params.model).cell("adapters", "dora")
-    recipe = config.recipes(params, "adapters")["dora"]
+    recipe = recipes(params, "adapters")["dora"]
     assert read_table(place / "images.parquet", "cell").equals(table[list(artifacts.SCHEMAS["cell"])])
     assert len(table) == recipe.test_prompts * recipe.test_images * len(recipe.seeds) * len(params.evaluate.guidance_scales)
     assert (table.groupby(["guidance_scale", "prompt_id", "image"])["base_judge"].nunique() == 1).all()
@@ -295,7 +296,7 @@ def test_the_front_and_the_sweet_spot():
 
 
 def test_a_removed_key_leaves_no_row(params, values):
-    for key in config.recipes(params, "set_size"):
+    for key in recipes(params, "set_size"):
         cell.build(params, "set_size", key)
     assert reading.cells(params, "set_size", "cell")["cell"].unique().tolist() == ["same", "larger"]
     del values["studies"]["set_size"]["larger"]

@@ -7,9 +7,10 @@ import torch
 
 from mitune import captions as grammar
 from mitune import scenes
-from mitune.artifacts import Results, progress, write_json, write_table
+from mitune.artifacts import Results, write_json, write_table
 from mitune.corpus import clean_scenes, judge_labels
 from mitune.information import estimate, renoised_terms, renoised_timesteps
+from mitune.shards import progress
 from mitune.stages import open_model, read_prompts
 from mitune.stages.judging import open_judges
 

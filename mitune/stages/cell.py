@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 
 from mitune.artifacts import Results, read_json, write_json, write_table, write_tensors
-from mitune.config import recipes
 from mitune.models import ADAPTER_FILE
+from mitune.recipes import recipes
 from mitune.stages.steps import evaluation, features, reference, tuned
 
 SAME = ["category", "split", "guidance_scale", "prompt_id", "prompt", "image", "scene"]

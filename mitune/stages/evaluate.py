@@ -5,8 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from mitune.artifacts import Results, progress, scratch, shards, write_table, write_tensors
+from mitune.artifacts import Results, write_table, write_tensors
+from mitune.memo import scratch
 from mitune.sampling import noise_generator, sample
+from mitune.shards import progress, shards
 from mitune.stages import has_split, open_model, path, read_prompts
 from mitune.stages.judging import image_rows, judged, open_judges
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from mitune.artifacts import Results, progress, read_table, read_tensors, scratch, write_table
+from mitune.artifacts import Results, read_table, read_tensors, write_table
 from mitune.finetuning import finetune, read_captions
+from mitune.memo import scratch
+from mitune.shards import progress
 from mitune.stages import open_model
 
 

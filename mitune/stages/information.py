@@ -9,10 +9,12 @@ import torch
 
 from mitune import captions as grammar
 from mitune import scenes
-from mitune.artifacts import Results, progress, scratch, shards, write_table, write_tensors
+from mitune.artifacts import Results, write_table, write_tensors
 from mitune.information import phrase_terms, renoised_terms, renoised_timesteps
+from mitune.memo import scratch
 from mitune.prompts import Prompt
 from mitune.sampling import noise_generator, noises
+from mitune.shards import progress, shards
 from mitune.stages import open_model, path, read_prompts
 from mitune.stages.judging import image_rows, judged, open_judges
 from mitune.stages.pool import sampler

@@ -11,9 +11,10 @@ import pandas as pd
 import torch
 
 from mitune import merging
-from mitune.artifacts import Results, read_table, read_tensors, shared, write_table, write_tensors
-from mitune.config import Merge, recipes
+from mitune.artifacts import Results, read_table, read_tensors, write_table, write_tensors
+from mitune.memo import shared
 from mitune.models import ADAPTER_FILE, DTYPES, LatentDiffusion, load
+from mitune.recipes import Merge, recipes
 from mitune.stages import finetune, path
 from mitune.stages.cell import SAME
 from mitune.stages.steps import Prepared, adapter, candidates, evaluation, keep

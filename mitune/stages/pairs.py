@@ -6,8 +6,8 @@ import torch
 
 from mitune import captions as grammar
 from mitune import scenes
-from mitune.config import Recipe
 from mitune.corpus import CaptionNoise, sample_captions, web_captions
+from mitune.recipes import Recipe
 from mitune.sampling import noise_generator
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mitune.artifacts import Results, progress, scratch, shards, write_tensors
+from mitune.artifacts import Results, write_tensors
+from mitune.memo import scratch
 from mitune.sampling import noise_generator, sample
+from mitune.shards import progress, shards
 from mitune.stages import open_model, path, read_prompts
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from mitune.artifacts import Results, progress, read_tensors, scratch, shards, write_table, write_tensors
+from mitune.artifacts import Results, read_tensors, write_table, write_tensors
 from mitune.information import query, renoised_terms, renoised_timesteps
+from mitune.memo import scratch
 from mitune.sampling import noises
+from mitune.shards import progress, shards
 from mitune.stages import open_model, path, read_prompts
 from mitune.stages.judging import image_rows, judged, open_judges
 

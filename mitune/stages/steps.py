@@ -12,14 +12,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from mitune.artifacts import progress, read_json, read_table, read_tensors, shards, shared, write_json, write_table, write_tensors
-from mitune.config import Recipe
+from mitune.artifacts import read_json, read_table, read_tensors, write_json, write_table, write_tensors
 from mitune.finetuning import finetune, read_captions, trained_parameters
 from mitune.information import estimate, renoised_terms, renoised_timesteps
+from mitune.memo import shared
 from mitune.models import ADAPTER_FILE, LatentDiffusion
 from mitune.prompts import Prompt
+from mitune.recipes import Recipe
 from mitune.sampling import noise_generator, noises
 from mitune.selection import select, select_random
+from mitune.shards import progress, shards
 from mitune.stages import judging, open_model, pairs, path, read_prompts
 from mitune.stages.evaluate import evaluator, tabulate
 from mitune.stages.pool import sampler
@@ -172,7 +174,7 @@ def adapter(params, recipe: Recipe, latents: torch.Tensor, captions: Sequence[st
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that is not the base with an adapter: how it is opened, and all that it depends on beside the base (as `artifacts.digest` takes it)."""
+    """A model that is not the base with an adapter: how it is opened, and all that it depends on beside the base (as `memo.digest` takes it)."""
 
     open: Callable[[], LatentDiffusion]
     key: tuple

@@ -1,0 +1,158 @@
+"""Work that is not done twice: what goes on after an interruption, what all stages compute once, and the hashes that tell whether anything has changed."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mitune import config
+from mitune.artifacts import read_json, write_json
+
+
+def digest(*parts: Any) -> str:
+    """A hash of values, of the contents of files and folders (paths), of tensors and dataclasses."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(_fingerprint(part).encode())
+        total.update(b"\0")
+    return total.hexdigest()[:16]
+
+
+def _fingerprint(part: Any) -> str:
+    if isinstance(part, Path):
+        files = [part] if part.is_file() else sorted(file for file in part.rglob("*") if file.is_file())
+        if not files:
+            raise ValueError(f"{part} is missing or empty: an input must be there before its hash can be taken")
+        return json.dumps([(str(file.relative_to(part)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files])
+    if isinstance(part, torch.Tensor):
+        raw = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{part.dtype}{tuple(part.shape)}{hashlib.sha256(raw).hexdigest()}"
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        return _fingerprint({field.name: getattr(part, field.name) for field in dataclasses.fields(part)})
+    if isinstance(part, Mapping):
+        return json.dumps({str(key): _fingerprint(value) for key, value in part.items()}, sort_keys=True)
+    if isinstance(part, (list, tuple, range)):
+        return json.dumps([_fingerprint(value) for value in part])
+    return json.dumps(part)
+
+
+def _code() -> dict[str, str]:
+    """The sources of the package's modules that are in use: shards of another version of the code are not resumed."""
+    used = {name: module.__file__ for name, module in sorted(sys.modules.items()) if name.startswith("mitune.") and getattr(module, "__file__", None)}
+    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in used.items()}
+
+
+@contextlib.contextmanager
+def scratch(name: str, *key: Any) -> Iterator[Path]:
+    """An untracked folder `.scratch/{name}/{hash of key and code}` for unfinished work: kept on an error or a kill, removed at the end.
+
+    Work of another key under the same name is stale and is removed at the start.
+    """
+    home = config.root() / ".scratch" / name
+    folder = home / digest(*key, _code())
+    if home.is_dir():
+        for other in home.iterdir():
+            if other != folder:
+                shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(home)
+
+
+# ---------------------------------------------------------------- computed once
+
+
+KEPT_DAYS = 30
+"""For so long something shared that nobody uses is kept."""
+
+LIBRARIES = ("accelerate", "diffusers", "peft", "torch", "transformers")
+
+
+def shared(name: str, *key: Any, make: Callable[[Path], object]) -> Path:
+    """The untracked folder `.scratch/shared/{name}-{hash of key and code}` that `make(folder)` fills, once for all stages and processes.
+
+    The code is that of the module that defines `make` and of all that this imports, and the versions of `LIBRARIES`. What an error or a kill
+    leaves lies beside it as `.part` and is given to `make` again; `folder / "work"` is for unfinished work and removed at the end. A second
+    process waits for the first. `seconds.json` in it tells how long the making took. When something is made, what has not been asked for in
+    `KEPT_DAYS` days is removed.
+    """
+    home = config.root() / ".scratch" / "shared"
+    folder = home / f"{name}-{digest(*key, sources(make), {library: importlib.metadata.version(library) for library in LIBRARIES})}"
+    part = folder.with_suffix(".part")
+    while not folder.exists():
+        part.mkdir(parents=True, exist_ok=True)
+        with _locked(part) as mine:
+            if mine and not folder.exists():
+                _timed(make, part)
+                shutil.rmtree(part / "work", ignore_errors=True)
+                part.rename(folder)
+                _remove_unused(home)
+    os.utime(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Alone among processes with this folder, for which it waits; whether the folder still has its name then."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield folder.exists() and folder.stat().st_ino == os.fstat(held).st_ino
+    finally:
+        os.close(held)
+
+
+def _timed(make: Callable[[Path], object], folder: Path) -> None:
+    """`make(folder)`; its time is added to that of earlier attempts, in `seconds.json`."""
+    file, started = folder / "seconds.json", time.perf_counter()
+    before = read_json(file)["seconds"] if file.is_file() else 0.0
+    try:
+        make(folder)
+    finally:
+        write_json({"seconds": round(before + time.perf_counter() - started, 3)}, file)
+
+
+def _remove_unused(home: Path) -> None:
+    for other in home.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process has finished or removed it
+            if time.time() - other.stat().st_mtime > KEPT_DAYS * 24 * 3600:
+                shutil.rmtree(other)
+
+
+def sources(function: Callable) -> dict[str, str]:
+    """SHA-256 of the file that defines a function, and of the package's modules that this file imports, and these in their turn."""
+    package = Path(__file__).parent
+    found, new = {}, {Path(inspect.getsourcefile(function))}
+    while new:
+        file = new.pop()
+        found[file] = hashlib.sha256(file.read_bytes()).hexdigest()
+        new |= _imported(file, package) - found.keys()
+    return {file.stem if file.parent == package else f"{file.parent.name}.{file.stem}": hashed for file, hashed in sorted(found.items())}
+
+
+def _imported(file: Path, package: Path) -> set[Path]:
+    """The files of the package's modules that a file imports, wherever in it."""
+    named = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom):
+            named |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+    parts = [name.split(".")[1:] for name in named if name.split(".")[0] == package.name]
+    files = [file for part in parts for file in (package.joinpath(*part).with_suffix(".py"), package.joinpath(*part, "__init__.py"))]
+    return {file for file in files if file.is_file()}

@@ -1,0 +1,69 @@
+"""Long computations: in slices that are kept, on a CPU side by side, under a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mitune.artifacts import read_tensors, write_tensors
+
+
+def shards(
+    folder: Path, items: Sequence, size: int, compute: Callable[[Sequence], Mapping[str, torch.Tensor]], *, device: str, progress: tqdm | None = None
+) -> dict[str, torch.Tensor]:
+    """`compute` over consecutive slices of `items`, `size` long, joined along the first axis; finished slices are read from `folder`.
+
+    The bounds depend on `size` alone, so that an interrupted run ends with the same bytes as an uninterrupted one. `compute` returns
+    tensors of shape (len(slice), ...). `progress` is advanced by the number of items. On a CPU as many slices are computed side by side
+    as torch has threads, each on one of them: faster than one slice on all, and the bytes do not depend on the number of cores.
+    """
+    if not items:
+        raise ValueError("there is nothing to compute: items is empty")
+    files = {start: folder / f"{start:06d}.safetensors" for start in range(0, len(items), size)}
+
+    def finish(start: int) -> int:
+        part = items[start : start + size]
+        if not files[start].exists():
+            write_tensors(compute(part), files[start])
+        return len(part)
+
+    with _side_by_side(device) as each:
+        for done in each(finish, files):
+            if progress is not None:
+                progress.update(done)
+    parts = [read_tensors(file) for file in files.values()]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def workers(device: str) -> int:
+    """How many shards are computed at the same time."""
+    return torch.get_num_threads() if device == "cpu" else 1
+
+
+@contextlib.contextmanager
+def _side_by_side(device: str) -> Iterator[Callable]:
+    """A `map`: on a CPU by as many workers as torch has threads, of one thread each. After an error the work that has begun is still finished."""
+    if device != "cpu":
+        yield map
+        return
+    threads = workers(device)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def progress(total: int, desc: str, unit: str = "it") -> tqdm:
+    """A progress bar: drawn by the runner on the terminal ($MITUNE_PROGRESS is the file it follows), never in a saved notebook; else below the cell."""
+    follow = os.environ.get("MITUNE_PROGRESS")
+    if follow:
+        return tqdm(total=total, desc=desc, unit=unit, mininterval=0.5, ncols=100, file=open(follow, "a", encoding="utf-8", buffering=1))
+    return tqdm(total=total, desc=desc, unit=unit)
