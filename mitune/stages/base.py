@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import torch
 
@@ -13,6 +15,8 @@ from mitune.information import estimate, renoised_terms, renoised_timesteps
 from mitune.shards import progress
 from mitune.stages import open_model, read_prompts
 from mitune.stages.judging import open_judges
+
+FAR = 4.0  # px; below it a direction is not clear. Captions state one only of objects that do not touch
 
 
 def build(params) -> tuple[pd.DataFrame, dict]:
@@ -72,7 +76,10 @@ def checks(model, judge, similarity, config, *, seed: int) -> dict[str, dict[str
 
 def judge_accuracy(judge, images: torch.Tensor, drawn: scenes.Scenes) -> dict[str, float]:
     """Share of right answers about presence (each shape of the world, and all of an image at once), colour, texture and size (each object),
-    direction and contact (each clear pair)."""
+    direction and contact (each clear pair).
+
+    A direction is clear where the centres lie at least `FAR` px apart, within 30 degrees of an axis: of concentric objects neither is left of the other.
+    """
     parts = [judge(part) for part in images.split(512)]
     answers = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     labels, rows = judge_labels(drawn), torch.arange(len(images))
@@ -91,7 +98,7 @@ def judge_accuracy(judge, images: torch.Tensor, drawn: scenes.Scenes) -> dict[st
     pairs = second >= 0
     offset = (drawn.centre[:, 0] - drawn.centre[:, 1])[pairs]
     read = (answers["centre"][rows, first] - answers["centre"][rows, second.clamp(min=0)])[pairs]
-    clear = offset.abs().amin(-1) < 0.58 * offset.abs().amax(-1)  # within 30 degrees of an axis
+    clear = (offset.norm(dim=-1) >= FAR) & (offset.abs().amin(-1) < offset.abs().amax(-1) * math.tan(math.pi / 6))
     accuracy["direction"] = float((_direction(read) == _direction(offset))[clear].float().mean())
     known = labels["contact"] >= 0
     contact = judge.contact(answers["feature"][known].to(images.device), first[known], second[known]).argmax(-1).cpu()
