@@ -87,7 +87,8 @@ def findings(reports: Path) -> dict[str, dict[str, Any]]:
 
 def verdict(verdicts: Iterable[str]) -> str:
     """RULE, of the verdicts of a claim's findings."""
-    given = set(verdicts)
+    paper = {own: word for word, own in OWN.items()}
+    given = {paper.get(word, word) for word in verdicts}
     if not given:
         return "not tested here"
     return "not reproduced" if "not reproduced" in given else "undecided" if "undecided" in given else "reproduced"
@@ -105,7 +106,7 @@ def ledger(paper: reported.Reported, answers: Answers, found: Mapping[str, Mappi
         readings = [entry.taken for entry in answers.readings if name in entry.claims]
         rows.append(said | {"findings": tested, "verdict": verdict(row["verdict"] for row in tested), "needs": needs, "readings": readings})
     answering = {finding for answer in answers.claims.values() for finding in answer.findings}
-    ours = [dict(row) | {"verdict": OWN[row["verdict"]]} for name, row in found.items() if name not in answering]
+    ours = [dict(row) | {"verdict": OWN.get(row["verdict"], row["verdict"])} for name, row in found.items() if name not in answering]
     return {"paper": rows, "ours": ours}
 
 

@@ -203,7 +203,11 @@ def _bars(intervals: list) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _legend(figure: Figure, ax, n: int) -> Figure:
-    """A legend above the axes if there is more than one thing to tell apart."""
+    """A legend above the axes, no wider than the figure, if there is more than one thing to tell apart."""
     if n > 1:
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=min(n, 3))
+        for columns in range(min(n, 3), 0, -1):
+            legend = figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
+            if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+                break
+            legend.remove()
     return figure

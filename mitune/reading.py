@@ -118,9 +118,11 @@ class Finding:
 
     @property
     def verdict(self) -> str:
+        """In the words of `claims`: what the paper says is reproduced or not, what it says nothing about holds or does not."""
         if self.holds is None:
             return "undecided"
-        return "reproduced" if self.holds else "not reproduced"
+        yes, no = ("holds", "does not hold") if self.reported == "-" else ("reproduced", "not reproduced")
+        return yes if self.holds else no
 
 
 def ledger(findings: dict[str, Finding]) -> pd.DataFrame:

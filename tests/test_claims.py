@@ -37,6 +37,8 @@ def test_readings_tell_of_places_that_the_notes_mark():
         ([], "not tested here"),
         (["reproduced", "reproduced"], "reproduced"),
         (["reproduced", "undecided"], "undecided"),
+        (["reproduced", "holds"], "reproduced"),
+        (["reproduced", "does not hold"], "not reproduced"),
         (["undecided", "not reproduced", "reproduced"], "not reproduced"),
     ],
 )

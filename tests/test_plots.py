@@ -99,3 +99,10 @@ def test_settings_are_left_alone_and_bytes_are_equal(tmp_path):
     assert dict(matplotlib.rcParams) == before
     assert files[0].read_bytes() == files[1].read_bytes()
     assert files[0].stat().st_size > 5000
+
+
+def test_a_legend_is_no_wider_than_its_figure():
+    long = {f"a series with quite a long name, number {n}": {"a": Interval(1.0, 0.5, 1.5, 3)} for n in range(3)}
+    figure = plots.interval_dots(long, xlabel="share (%)")
+    (legend,) = figure.legends
+    assert legend.get_window_extent().width <= figure.bbox.width and len(legend.get_texts()) == 3

@@ -13,3 +13,8 @@ def test_a_finding_holds_does_not_or_is_undecided(tmp_path, holds, verdict, coun
     reading.report(findings, tmp_path / "metrics.json")
     claim = artifacts.read_json(tmp_path / "metrics.json")["claims"]["mean"]
     assert (claim["reproduced"], claim["undecided"]) == counts
+
+
+@pytest.mark.parametrize(("holds", "verdict"), [(True, "holds"), (False, "does not hold"), (None, "undecided")])
+def test_what_the_paper_does_not_say_is_not_reproduced_but_holds(holds, verdict):
+    assert reading.Finding("a mean", "-", Interval(1.0, 0.9, 1.1, 12), holds, "a rule").verdict == verdict
