@@ -49,7 +49,7 @@ class Timed:
 def batched(model, prompts: list[Prompt], params) -> None:
     """As stage `pool` does it."""
     with tempfile.TemporaryDirectory() as folder:
-        shards(Path(folder), prompts, params.pool.shard_prompts, sampler(model, params.pool, params.seed), device=params.device)
+        shards(Path(folder), prompts, params.pool.shard_prompts, sampler(model, params.pool, params.pool.guidance_scale, params.seed), device=params.device)
 
 
 def plain(model, prompts: list[Prompt], params) -> None:
