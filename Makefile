@@ -19,8 +19,8 @@ env: .venv/stamp  ## make the environment (.venv) from requirements.lock
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch .venv/stamp
 
-repro: .venv/stamp  ## run MI-TUNE end to end (dvc repro), with progress and time left
-	@$(run) -m mitune.repro
+repro: .venv/stamp  ## run MI-TUNE end to end (dvc repro), with progress and time left; with PROFILE=full its studies widened, in profiles/full
+	@$(run) -m mitune.repro $(if $(PROFILE),--profile $(PROFILE))
 
 spine: .venv/stamp  ## run the articles 00 to 03 and what they need, without the studies
 	@$(run) -m mitune.repro --spine

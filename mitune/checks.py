@@ -11,6 +11,7 @@ from mitune.recipes import ARMS, RULES, Common, Merge, Recipe, Studies, Tuning, 
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")  # T2I-CompBench's names
 OF_AN_ARM = {"categories", "test_prompts", "test_images", "guidance_scales", "merge", "weights", "density", "arm"}  # for a merge of the pipeline's adapters
+OF_ONE_ROUND = {"rounds": 1, "real": 0.0, "pool_adapter": None, "val_prompts": 0}  # what a merge can have: the base's own images, on test prompts
 
 
 def check(given: Mapping[str, Any]) -> None:
@@ -123,6 +124,11 @@ def _check_merge(recipe: Merge, own: set[str], where: str, given: Mapping[str, A
     if (recipe.density is None) == (recipe.merge == "ties"):
         raise ValueError(f"{where}.density is {recipe.density}: ties has one, weights, adapters and joint have none")
     if recipe.arm is None:
+        for name, only in OF_ONE_ROUND.items():
+            value = getattr(recipe, name)
+            if value != only:
+                shown, wanted = (value, f"it must be {only}") if only is not None else ("set", "remove it")
+                raise ValueError(f"{where}.{name} is {shown}: merging takes one round of the base's own images, evaluated on test prompts; {wanted}")
         return
     if own - OF_AN_ARM:
         raise ValueError(f"{where}.{min(own - OF_AN_ARM)}: adapters of an arm are those of the pipeline; `finetune` and `pool` say how they are made")

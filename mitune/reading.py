@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.nn import functional
 from mitune import config
 from mitune.artifacts import Results, read_json, read_table, read_tensors, write_json, write_metrics
 from mitune.models import load
-from mitune.recipes import recipes
+from mitune.recipes import Recipe, recipes
 from mitune.statistics import Interval, mean_interval
 
 
@@ -34,6 +35,14 @@ def cells(params, study: str, kind: str, split: str = "test") -> pd.DataFrame:
     results, keys = Results(params.model), recipes(params, study)
     table = pd.concat([read_table(results.cell(study, key) / CELLS[kind], kind).assign(cell=key) for key in keys], ignore_index=True)
     return table[table["split"] == split].reset_index(drop=True) if "split" in table else table
+
+
+def scales(cells: Iterable[Recipe]) -> list[float]:
+    """The guidance scales, ascending, at which the models of all these cells are evaluated. Raises ValueError where there is none."""
+    common = sorted(set.intersection(*(set(cell.guidance_scales) for cell in cells)))
+    if not common:
+        raise ValueError("these cells have no guidance scale in common: give them one in their `guidance_scales`")
+    return common
 
 
 def cell_features(params, study: str, key: str) -> dict[str, np.ndarray]:

@@ -1,7 +1,11 @@
-"""`dvc repro` that says which stage of how many is running and about how long the rest will take (`make repro`, `make spine`), and notes what made it."""
+"""`dvc repro` that says which stage of how many is running and about how long the rest will take (`make repro`, `make spine`), and notes what made it.
+
+Arguments that it does not know are those of `dvc repro`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -10,19 +14,19 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from mitune import config, provenance, runner
+from mitune import config, profiles, provenance, runner
 from mitune.recipes import Studies
 
 # on two cores, until a run has been timed:
-MINUTES = {"base": 3, "pool": 1.2, "scores": 1.2, "information": 5, "sets": 0.1, "finetune": 0.6, "evaluate": 3.8, "cost": 4}
-CELL_MINUTES = 3  # of a study
+MINUTES = {"base": 3, "pool": 1.2, "scores": 1.2, "information": 5, "sets": 0.1, "finetune": 0.4, "evaluate": 3.8, "cost": 4}
+MINUTES |= {"cfg_rounds": 4, "set_size": 3.5, "adapters": 1.3, "merging": 2, "selection": 1.5}  # a cell, the mean of its study's
 ARTICLE_MINUTES = 0.4
 _BEGINS = re.compile(r"^Running stage '(?P<stage>[^']+)'|^Stage '(?P<same>[^']+)' (?:didn't change|is cached)")
 
 
 def expected_seconds(stage: str) -> float:
     """How long a stage took when it last ran here, or else what it takes on two cores."""
-    return runner.seconds(stage.replace("@", "-")) or 60 * MINUTES.get(stage.split("@")[0], CELL_MINUTES if "@" in stage else ARTICLE_MINUTES)
+    return runner.seconds(stage.replace("@", "-")) or 60 * MINUTES.get(stage.split("@")[0], ARTICLE_MINUTES)
 
 
 def time_left(stages: list[str], seen: set[str]) -> str:
@@ -58,8 +62,8 @@ def note(root: Path, params: config.Params, this_run: dict, running: tuple[str, 
             provenance.record(root / params.reports / provenance.FILE, this_run, stage, made, runner.seconds(stage.replace("@", "-")))
 
 
-def repro(arguments: list[str]) -> int:
-    """Run `dvc repro` with `arguments`, with `--spine` among them of the spine's stages; its exit status."""
+def repro(arguments: list[str], *, of_spine: bool = False) -> int:
+    """Run `dvc repro` with `arguments`, of all stages or of the spine's; its exit status."""
     root = config.root().resolve()
     params = config.load(root / "params.yaml")
     provenance.read(root / params.reports / provenance.FILE)  # a file that cannot be read is told of now, not after the first stage
@@ -69,9 +73,9 @@ def repro(arguments: list[str]) -> int:
         print(listed.stderr, end="", file=sys.stderr)
         return listed.returncode
     stages, seen, started = listed.stdout.split(), set(), time.monotonic()
-    if "--spine" in arguments:
+    if of_spine:
         stages = spine(stages)
-        arguments = [*(argument for argument in arguments if argument != "--spine"), *stages]
+        arguments = [*arguments, *stages]
     this_run, running = provenance.start(root, params.reports, params.device), None
     process = subprocess.Popen(command("repro", *arguments), cwd=root, env=env, stdout=subprocess.PIPE, text=True)
     try:
@@ -94,13 +98,19 @@ def repro(arguments: list[str]) -> int:
         return 130
     if status == 0:
         note(root, params, this_run, running)
-        print(f"done in {(time.monotonic() - started) / 60:.1f} min: read {params.reports}/README.md, or make site")
+        print(f"done in {(time.monotonic() - started) / 60:.1f} min: read {os.path.relpath(root / params.reports)}/README.md, or make site")
     return status
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="mitune.repro", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--spine", action="store_true", help="the articles 00 to 03 and what they need, without the studies")
+    parser.add_argument("--profile", choices=profiles.NAMES, help="with mitune/PROFILE.yaml merged into params.yaml, in profiles/PROFILE")
+    chosen, rest = parser.parse_known_args()
     try:
-        return repro(sys.argv[1:])
+        if chosen.profile:
+            os.environ["MITUNE_ROOT"] = str(profiles.prepare(chosen.profile))
+        return repro(rest, of_spine=chosen.spine)
     except ValueError as error:
         print(f"mitune: {error}", file=sys.stderr)
         return 1

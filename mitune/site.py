@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from latex2mathml.converter import convert
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -41,11 +42,7 @@ LONG = 40  # characters of LaTeX: a formula in a line that is longer scrolls by 
 
 
 def mathml(tex: str, display: str = "inline") -> str:
-    """A formula as MathML. Raises ValueError for a command that the converter does not know, and where it is not installed."""
-    try:
-        from latex2mathml.converter import convert
-    except ImportError:
-        raise ValueError("the pages need latex2mathml for their formulas: .venv/bin/python -m pip install 'latex2mathml>=3.81,<4'") from None
+    """A formula as MathML. Raises ValueError for a command that the converter does not know."""
     try:
         made = convert(" ".join(tex.split()), display=display)
     except Exception as error:

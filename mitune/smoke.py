@@ -18,7 +18,8 @@ OVERLAY = Path(__file__).with_name("smoke.yaml")
 
 
 def clone(folder: Path, *, overlay: Path | None = OVERLAY) -> Path:
-    """A git and DVC repository in `folder` of the project's files as they stand, without its lock and results; `overlay` merged into its parameters."""
+    """A git and DVC repository in `folder`, new or brought up to date, of the project's files as they stand, without its lock and results; `overlay` merged
+    into its parameters."""
     root = config.root().resolve()
     listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=root, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
@@ -28,7 +29,7 @@ def clone(folder: Path, *, overlay: Path | None = OVERLAY) -> Path:
     if overlay:
         merge_into(folder / "params.yaml", overlay)
     git = ["git", "-c", "user.name=mitune", "-c", "user.email=mitune@localhost", "-c", "commit.gpgsign=false"]
-    for arguments in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--no-verify", "--message", "toy size"]):
+    for arguments in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--no-verify", "--allow-empty", "--message", "clone"]):
         subprocess.run([*git, *arguments], cwd=folder, check=True)
     return folder
 

@@ -83,3 +83,8 @@ def test_a_stage_depends_on_the_modules_that_its_notebook_uses(name, stage):
     listed = {dep for dep in stage["deps"] if dep.endswith(".py")}
     assert listed == used, f"deps of {name} in dvc.yaml: add {sorted(used - listed)}, remove {sorted(listed - used)}"
     assert all((config.root() / dep).is_file() for dep in stage["deps"] if dep.startswith(("mitune/", "notebooks/")))
+
+
+@pytest.mark.parametrize(("name", "stage"), list(stages()), ids=[name for name, _ in stages()])
+def test_a_stage_depends_on_the_parts_of_the_data_that_it_reads(name, stage):
+    assert not {"data", "data/${model}"} & set(stage["deps"]), f"deps of {name} in dvc.yaml: name the folders of data/${{model}}"

@@ -81,7 +81,6 @@ def test_answers_are_findings_of_the_run(project, lock):
 
 
 def test_the_site_is_built_of_the_run(project, lock, tmp_path):
-    pytest.importorskip("latex2mathml")
     pages = site.build(project, "reports", tmp_path / "site")
     assert {"index", "stages", *(name for name in lock if name[0].isdigit())} == set(pages)
     assert all("not noted" not in (tmp_path / "site" / f"{page}.html").read_text(encoding="utf-8") for page in pages)

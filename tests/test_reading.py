@@ -1,8 +1,11 @@
-"""Oracle: the rule's three outcomes written out."""
+"""Oracle: the rule's three outcomes written out; recipes as params.yaml could have them."""
+
+import dataclasses
 
 import pytest
 
-from mitune import artifacts, reading
+from mitune import artifacts, config, reading
+from mitune.recipes import recipes
 from mitune.statistics import Interval
 
 
@@ -18,3 +21,11 @@ def test_a_finding_holds_does_not_or_is_undecided(tmp_path, holds, verdict, coun
 @pytest.mark.parametrize(("holds", "verdict"), [(True, "holds"), (False, "does not hold"), (None, "undecided")])
 def test_what_the_paper_does_not_say_is_not_reproduced_but_holds(holds, verdict):
     assert reading.Finding("a mean", "-", Interval(1.0, 0.9, 1.1, 12), holds, "a rule").verdict == verdict
+
+
+def test_cells_are_compared_at_the_guidance_that_all_have():
+    recipe = recipes(config.load(), "set_size")["M50_k1"]
+    several = [dataclasses.replace(recipe, guidance_scales=scales) for scales in ((7.5, 1.0, 2.5), (2.5, 1.5, 1.0))]
+    assert reading.scales(several) == [1.0, 2.5]
+    with pytest.raises(ValueError, match="no guidance scale in common"):
+        reading.scales([*several, dataclasses.replace(recipe, guidance_scales=(5.0,))])

@@ -3,7 +3,6 @@
 import base64
 import html.parser
 import io
-import sys
 
 import nbformat
 import pytest
@@ -93,7 +92,6 @@ def root(tmp_path):
 
 @pytest.fixture
 def pages(root, tmp_path):
-    pytest.importorskip("latex2mathml")
     names = site.build(root, "reports", tmp_path / "site")
     assert names == ["index", "01_one", "02_two", "stages"]
     return {name: (tmp_path / "site" / f"{name}.html").read_text(encoding="utf-8") for name in names}
@@ -156,7 +154,6 @@ def test_provenance_is_told_where_it_is_known_and_only_there(pages, root, tmp_pa
 
 
 def test_an_earlier_site_is_replaced_and_nothing_else(root, tmp_path):
-    pytest.importorskip("latex2mathml")
     to = tmp_path / "site"
     site.build(root, "reports", to)
     (to / "old.html").write_text("old")
@@ -170,17 +167,10 @@ def test_an_earlier_site_is_replaced_and_nothing_else(root, tmp_path):
 
 
 def test_a_formula_that_cannot_be_written_is_named():
-    pytest.importorskip("latex2mathml")
     with pytest.raises(ValueError, match=r"\\nosuch, which latex2mathml does not know"):
         site.mathml(r"\nosuch{a}")
     with pytest.raises(ValueError, match="cannot be written as MathML"):
         site.mathml(r"\left( a")
-
-
-def test_without_the_converter_the_way_to_get_it_is_told(monkeypatch):
-    monkeypatch.setitem(sys.modules, "latex2mathml.converter", None)
-    with pytest.raises(ValueError, match="pip install"):
-        site.mathml("a")
 
 
 def test_without_reports_the_way_to_make_them_is_told(tmp_path):
