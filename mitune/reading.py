@@ -37,9 +37,9 @@ def cells(params, study: str, kind: str, split: str = "test") -> pd.DataFrame:
     return table[table["split"] == split].reset_index(drop=True) if "split" in table else table
 
 
-def scales(cells: Iterable[Recipe]) -> list[float]:
+def scales(some: Iterable[Recipe]) -> list[float]:
     """The guidance scales, ascending, at which the models of all these cells are evaluated. Raises ValueError where there is none."""
-    common = sorted(set.intersection(*(set(cell.guidance_scales) for cell in cells)))
+    common = sorted(set.intersection(*(set(cell.guidance_scales) for cell in some)))
     if not common:
         raise ValueError("these cells have no guidance scale in common: give them one in their `guidance_scales`")
     return common

@@ -53,10 +53,10 @@ def test_a_recipe_is_the_cell_over_the_default(values):
 def test_equal_cells_of_different_studies_are_one_recipe():
     """Of params.yaml: so that each is computed once."""
     params = config.load()
-    cells = {study: config.recipes(params, study) for study in ("cfg_rounds", "set_size", "adapters", "selection")}
+    cells = {study: recipes(params, study) for study in ("cfg_rounds", "set_size", "adapters", "selection")}
     assert cells["set_size"]["M50_k1"] == cells["adapters"]["dora"] == cells["selection"]["standard"]
     assert cells["cfg_rounds"]["random"] == cells["selection"]["random"]
-    assert {recipe.batch_size for recipes in cells.values() for recipe in recipes.values()} == {params.finetune.batch_size}
+    assert {recipe.batch_size for some in cells.values() for recipe in some.values()} == {params.finetune.batch_size}
 
 
 @pytest.mark.parametrize(
