@@ -6,7 +6,7 @@ whole clusters are resampled. Where several seeds were run, clusters and seeds a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ LEVEL = 0.95
 class Interval:
     """A mean with its percentile interval over `n` clusters; `undefined` more clusters had no value at all.
 
-    `f"{interval:.1f}"` prints "61.6 [58.0, 65.1], n = 60". Without two clusters there is no interval: low and high are nan.
+    `f"{interval:.1f}"` prints "61.6 [58.0, 65.1], n = 60". Without two clusters there is no interval: low and high are nan, and print as a dash.
     """
 
     mean: float
@@ -30,9 +30,14 @@ class Interval:
     undefined: int = 0
 
     def __format__(self, spec: str) -> str:
-        spec = spec or ".3g"
-        body = f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}], n = {self.n}"
+        body = f"{self.brief(spec or '.3g')}, n = {self.n}"
         return body + (f" (+ {self.undefined} undefined)" if self.undefined else "")
+
+    def brief(self, spec: str) -> str:
+        """Without n: "61.6 [58.0, 65.1]"; "61.6 [—]" of a single cluster, "—" of none."""
+        if np.isnan(self.mean):
+            return "—"
+        return f"{self.mean:{spec}} [—]" if np.isnan(self.low) else f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
     def __str__(self) -> str:
         return format(self, "")
@@ -40,6 +45,10 @@ class Interval:
     def scaled(self, factor: float) -> Interval:
         """The same interval in other units, as `scaled(100)` for percent; `factor` > 0."""
         return Interval(self.mean * factor, self.low * factor, self.high * factor, self.n, self.undefined)
+
+    def shifted(self, by: float) -> Interval:
+        """Of the values plus a constant."""
+        return Interval(self.mean + by, self.low + by, self.high + by, self.n, self.undefined)
 
     def __neg__(self) -> Interval:
         """Of the negated values."""
@@ -91,6 +100,15 @@ def paired_difference(a, b, clusters, seeds=None, *, resamples: int = RESAMPLES,
     return mean_interval(a - b, clusters, seeds, resamples=resamples, level=level, seed=seed)
 
 
+def independent_difference(a: Interval, b: Interval) -> Interval:
+    """a - b of two independent means; n is the smaller one's.
+
+    MOVER (Zou and Donner 2008): low = d - sqrt((a - a_low)^2 + (b_high - b)^2), high = d + sqrt((a_high - a)^2 + (b - b_low)^2).
+    """
+    d = a.mean - b.mean
+    return Interval(d, d - float(np.hypot(a.mean - a.low, b.high - b.mean)), d + float(np.hypot(a.high - a.mean, b.mean - b.low)), min(a.n, b.n))
+
+
 # ---------------------------------------------------------------- of a whole sample
 
 
@@ -124,7 +142,7 @@ def jackknife(statistic: Callable[[np.ndarray], float], clusters, seeds=None, *,
 def kendall_tau(score, label, prompt, **bootstrap) -> Interval:
     """Mean over prompts of Kendall's tau-b between `score` and `label` (N,); a prompt in which either is constant is undefined."""
     score, label, prompt = _aligned(score, label, prompt)
-    return _over_prompts([stats.kendalltau(score[rows], label[rows], variant="b").statistic for rows in _groups(prompt)], **bootstrap)
+    return over_prompts([stats.kendalltau(score[rows], label[rows], variant="b").statistic for rows in _groups(prompt)], **bootstrap)
 
 
 def tau_three_ranks(mi, label, prompt, **bootstrap) -> Interval:
@@ -142,7 +160,7 @@ def tau_three_ranks(mi, label, prompt, **bootstrap) -> Interval:
             raise ValueError(f"prompt {prompt[rows[0]]!r} has {len(rows)} images; three ranks need at least 3")
         chosen = _by_rank(mi, rows)[[0, max(len(rows) // 2 - 1, 1), -1]]
         taus.append(stats.kendalltau(mi[chosen], label[chosen], variant="b").statistic)
-    return _over_prompts(taus, **bootstrap)
+    return over_prompts(taus, **bootstrap)
 
 
 def auc_within(score, label, prompt, clusters=None, **bootstrap) -> Interval:
@@ -153,20 +171,25 @@ def auc_within(score, label, prompt, clusters=None, **bootstrap) -> Interval:
     is resampled where prompts are not independent.
     """
     values, groups = _aucs(score, label, prompt)
-    return _over_prompts(values, _of_prompts(clusters, groups), **bootstrap)
+    return over_prompts(values, _of_prompts(clusters, groups), **bootstrap)
+
+
+def auc_by_prompt(score, label, prompt) -> dict[Hashable, float]:
+    """The AUC of each prompt in sorted order, nan where it is undefined; arguments and mean as in `auc_within`."""
+    return dict(zip(np.unique(prompt).tolist(), _aucs(score, label, prompt)[0], strict=True))
 
 
 def auc_difference(a, b, label, prompt, clusters=None, **bootstrap) -> Interval:
     """The AUC of score `a` minus that of score `b` on the same images (N,), paired by prompt; arguments and what is undefined as in `auc_within`."""
     (of_a, groups), (of_b, _) = _aucs(a, label, prompt), _aucs(b, label, prompt)
-    return _over_prompts(np.subtract(of_a, of_b), _of_prompts(clusters, groups), **bootstrap)
+    return over_prompts(np.subtract(of_a, of_b), _of_prompts(clusters, groups), **bootstrap)
 
 
 def correlation_within(score, value, prompt, clusters=None, **bootstrap) -> Interval:
     """Mean over prompts of Pearson's correlation of `score` and `value` (N,); undefined where either is constant. `clusters` as in `auc_within`."""
     score, value, prompt = _aligned(score, value, prompt)
     groups = _groups(prompt)
-    return _over_prompts([_pearson(score[rows], value[rows]) for rows in groups], _of_prompts(clusters, groups), **bootstrap)
+    return over_prompts([_pearson(score[rows], value[rows]) for rows in groups], _of_prompts(clusters, groups), **bootstrap)
 
 
 def top_mean(score, value, prompt, **bootstrap) -> Interval:
@@ -177,6 +200,17 @@ def top_mean(score, value, prompt, **bootstrap) -> Interval:
 def bottom_mean(score, value, prompt, **bootstrap) -> Interval:
     """Mean over prompts of `value` at the image with the lowest `score` (the last of equals)."""
     return _at_rank(score, value, prompt, -1, **bootstrap)
+
+
+def over_prompts(values: Sequence[float], clusters: np.ndarray | None = None, **bootstrap) -> Interval:
+    """Interval of one value a prompt, the nan ones counted as undefined; prompts are resampled, or their `clusters` (P,)."""
+    values = np.asarray(values, dtype=float)
+    known = ~np.isnan(values)
+    undefined = int((~known).sum())
+    if not known.any():
+        return Interval(float("nan"), float("nan"), float("nan"), 0, undefined)
+    interval = mean_interval(values[known], np.arange(known.sum()) if clusters is None else clusters[known], **bootstrap)
+    return Interval(interval.mean, interval.low, interval.high, interval.n, undefined)
 
 
 def _aucs(score, label, prompt) -> tuple[list[float], list[np.ndarray]]:
@@ -204,18 +238,7 @@ def _pearson(score: np.ndarray, value: np.ndarray) -> float:
 
 def _at_rank(score, value, prompt, rank: int, **bootstrap) -> Interval:
     score, value, prompt = _aligned(score, value, prompt)
-    return _over_prompts([value[_by_rank(score, rows)[rank]] for rows in _groups(prompt)], **bootstrap)
-
-
-def _over_prompts(values: Sequence[float], clusters: np.ndarray | None = None, **bootstrap) -> Interval:
-    """Interval of one value a prompt, the nan ones counted as undefined; prompts are resampled, or their `clusters` (P,)."""
-    values = np.asarray(values, dtype=float)
-    known = ~np.isnan(values)
-    undefined = int((~known).sum())
-    if not known.any():
-        return Interval(float("nan"), float("nan"), float("nan"), 0, undefined)
-    interval = mean_interval(values[known], np.arange(known.sum()) if clusters is None else clusters[known], **bootstrap)
-    return Interval(interval.mean, interval.low, interval.high, interval.n, undefined)
+    return over_prompts([value[_by_rank(score, rows)[rank]] for rows in _groups(prompt)], **bootstrap)
 
 
 def _of_prompts(clusters, groups: list[np.ndarray]) -> np.ndarray | None:

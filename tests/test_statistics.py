@@ -98,6 +98,14 @@ def test_bad_input_is_named_in_one_line(values, clusters, message):
 def test_format():
     assert f"{Interval(61.57, 58.0, 65.12, 60):.1f}" == "61.6 [58.0, 65.1], n = 60"
     assert f"{Interval(0.6157, 0.58, 0.6512, 60, 3).scaled(100):.1f}" == "61.6 [58.0, 65.1], n = 60 (+ 3 undefined)"
+    assert f"{-Interval(0.5, 0.4, 0.6, 60).shifted(-1):.1f}" == "0.5 [0.4, 0.6], n = 60"
+    assert f"{Interval(0.5, 0.4, 0.6, 60).brief('+.1f')}" == "+0.5 [+0.4, +0.6]"
+
+
+def test_where_there_is_no_interval_none_is_printed():
+    assert f"{statistics.mean_interval([1.0, 2.0], [0, 0]):.1f}" == "1.5 [—], n = 1"
+    assert f"{statistics.over_prompts([np.nan, 2.0]):.1f}" == "2.0 [—], n = 1 (+ 1 undefined)"
+    assert f"{statistics.over_prompts([np.nan, np.nan]):.1f}" == "—, n = 0 (+ 2 undefined)"
 
 
 @pytest.mark.parametrize(
@@ -156,6 +164,25 @@ def test_auc_counts_pairs():
     assert interval.undefined == 1
     with pytest.raises(ValueError, match="true or false"):
         statistics.auc_within(score, score / 5, prompt)
+
+
+def test_the_auc_of_each_prompt_has_the_mean_of_all():
+    rng = np.random.default_rng(10)
+    prompt, score, label = np.repeat(["b", "a", "c"], 8), rng.normal(size=24), np.tile([0, 1], 12)
+    label[16:] = 1
+    found = statistics.auc_by_prompt(score, label, prompt)
+    assert list(found) == ["a", "b", "c"]
+    assert found["b"] == statistics.auc_within(score[:8], label[:8], prompt[:8]).mean
+    assert np.isnan(found["c"])
+    assert statistics.over_prompts(list(found.values()), **FEW) == statistics.auc_within(score, label, prompt, **FEW)
+
+
+def test_a_difference_of_independent_means_has_the_normal_interval_where_both_have():
+    a, b = Interval(5.0, 5 - 3.0, 5 + 3.0, 40), Interval(2.0, 2 - 4.0, 2 + 4.0, 30)
+    assert statistics.independent_difference(a, b) == Interval(3.0, -2.0, 8.0, 30)
+    skewed = statistics.independent_difference(Interval(1.0, 0.0, 1.0, 9), Interval(0.0, 0.0, 1.0, 9))
+    assert (skewed.low, skewed.high) == (1 - np.sqrt(2), 1.0)  # each end from the sides that make the difference smaller, or larger
+    assert np.isnan(statistics.independent_difference(a, Interval(1.0, np.nan, np.nan, 1)).low)
 
 
 def test_correlation_is_pearsons_and_clusters_are_resampled_whole():
