@@ -36,6 +36,7 @@ SCHEMAS: dict[str, dict[str, pa.DataType]] = {
         **_ALIGNMENT,
     },  # and each estimator and its standard error (`_se`), in nats
     "candidates": {"category": TEXT, "split": TEXT, "guidance_scale": REAL, **_IMAGE, **_SCENE, **_ALIGNMENT},
+    "stepped": {"category": TEXT, "split": TEXT, "num_inference_steps": WHOLE, **_IMAGE, **_SCENE, **_ALIGNMENT},
     "rendered": {"category": TEXT, "split": TEXT, **_IMAGE, **_SCENE, "drawn": TEXT, "error": TEXT, "aligned": TRUTH},  # drawn: the caption that is true
     "sets": {"category": TEXT, "arm": TEXT, "draw": WHOLE, **_IMAGE, "why": TEXT},
     "curve": {"category": TEXT, "arm": TEXT, "step": WHOLE, "loss": REAL, "grad_norm": REAL},
@@ -77,11 +78,14 @@ class Results:
     def candidates(self, category: str) -> Path:
         return self.folder / "information" / category / "candidates.parquet"
 
+    def stepped(self, category: str) -> Path:
+        return self.folder / "information" / category / "stepped.parquet"
+
     def rendered(self, category: str) -> Path:
         return self.folder / "information" / category / "rendered.parquet"
 
     def information(self, category: str) -> Path:
-        """The terms of the rows of `candidates` and of `rendered`."""
+        """The terms of the rows of `candidates`, `stepped` and `rendered`."""
         return self.folder / "information" / category / "terms.safetensors"
 
     def sets(self, category: str) -> Path:

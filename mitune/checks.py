@@ -61,8 +61,11 @@ def _check_sizes(given: Mapping[str, Any]) -> None:
     if pool and information and pool.guidance_scale not in information.guidance_scales:
         scales = ", ".join(f"{scale:g}" for scale in information.guidance_scales)
         raise ValueError(f"information.guidance_scales is {scales}: it must have pool.guidance_scale ({pool.guidance_scale:g}), where phrases are measured")
-    if information and len(set(information.guidance_scales)) < len(information.guidance_scales):
-        raise ValueError(f"information.guidance_scales has an entry twice: {', '.join(f'{scale:g}' for scale in information.guidance_scales)}")
+    if information:
+        _check_list("information.guidance_scales", information.guidance_scales)
+        _check_list("information.step_grid", information.step_grid)
+        if information.num_inference_steps in information.step_grid:
+            raise ValueError(f"information.step_grid has {information.num_inference_steps}, which information.num_inference_steps is already; remove it")
     if exact_worlds and exact_worlds.flow.low >= exact_worlds.flow.high:
         raise ValueError(f"exact_worlds.flow is {exact_worlds.flow.low} to {exact_worlds.flow.high}: low must be below high")
     if finetune:

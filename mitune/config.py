@@ -79,6 +79,7 @@ class Information(Sampled):
     n_prompts: ValAndTest
     M: Annotated[int, Range(3)]
     guidance_scales: tuple[Scale, ...]
+    step_grid: tuple[Steps, ...]
     timesteps: Count
     rendered: Several
 

@@ -20,7 +20,7 @@ from mitune.statistics import Interval, mean_interval
 
 
 def tables(params, kind: str) -> pd.DataFrame:
-    """One table over all categories; `kind` is scores, candidates, rendered, sets or images, or curve, which every arm has one of."""
+    """One table over all categories; `kind` is scores, candidates, stepped, rendered, sets or images, or curve, which every arm has one of."""
     results = Results(params.model)
     cells = itertools.product(params.categories, params.arms) if kind == "curve" else zip(params.categories)
     return pd.concat([read_table(getattr(results, kind)(*cell), kind) for cell in cells], ignore_index=True)
@@ -89,7 +89,8 @@ def terms(params, scores: pd.DataFrame) -> dict[str, torch.Tensor]:
 def information_terms(params) -> dict[str, torch.Tensor]:
     """What stage `information` stored, over all categories as `tables` joins them, no kappa. Of the rows of `candidates`: `orthogonal`, `path`
     (N, S) and `renoised_{form}` (N, R). Of those at the study's guidance: `{kind}_{form}` (N', R) by kind of noise, and `phrase_{form}` (N', P, R),
-    nan where a prompt has fewer phrases than P. Of the rows of `rendered`: `rendered_{form}` (N'', R). `timesteps` (S,), `renoised_timesteps` (R,).
+    nan where a prompt has fewer phrases than P. Of the rows of `stepped` with S' denoising steps: what candidates have, as `steps_{S'}_{name}`
+    (`of_steps`). Of the rows of `rendered`: `rendered_{form}` (N'', R). `timesteps` (S,), `renoised_timesteps` (R,).
     """
     parts = [read_tensors(Results(params.model).information(category)) for category in params.categories]
 
@@ -99,6 +100,12 @@ def information_terms(params) -> dict[str, torch.Tensor]:
         return torch.cat([functional.pad(value, (0, 0, 0, most - value.shape[-2]), value=float("nan")) if most else value for value in values])
 
     return {name: value if name.endswith("timesteps") else joined(name) for name, value in parts[0].items()}
+
+
+def of_steps(stored: dict[str, torch.Tensor], steps: int) -> dict[str, torch.Tensor]:
+    """Of `information_terms` those of candidates made with so many denoising steps, by the names that `information.query` knows."""
+    prefix = f"steps_{steps}_"
+    return {name.removeprefix(prefix): values for name, values in stored.items() if name.startswith(prefix)}
 
 
 def pictures(params, category: str, split: str, rows: list[int]):

@@ -8,6 +8,7 @@ import torch
 
 from mitune import captions, config, reading
 from mitune.artifacts import Results, read_table, read_tensors
+from mitune.sampling import Sampler
 from mitune.stages import evaluate, information, pool, read_prompts, scores, sets
 
 
@@ -71,11 +72,14 @@ def test_sets_refer_to_the_best_of_the_pool(params):
 def test_information_has_a_row_for_each_row_of_its_tables(params):
     for category in params.categories:
         information.build(params, category)
-    candidates, rendered, stored = reading.tables(params, "candidates"), reading.tables(params, "rendered"), reading.information_terms(params)
+    candidates, stepped, rendered = (reading.tables(params, kind) for kind in ("candidates", "stepped", "rendered"))
+    stored = reading.information_terms(params)
     asked = params.information
     at_study, r = candidates["guidance_scale"] == params.pool.guidance_scale, asked.timesteps
-    prompts = len(params.categories) * (asked.n_prompts.val + asked.n_prompts.test)
-    assert len(candidates) == prompts * asked.M * len(asked.guidance_scales)
+    assert len(rendered) == len(params.categories) * asked.n_prompts.test * asked.rendered
+    chosen_on, confirmed_on = (len(params.categories) * n * asked.M for n in (asked.n_prompts.val, asked.n_prompts.test))
+    assert len(candidates) == chosen_on + confirmed_on * len(asked.guidance_scales)
+    assert set(candidates["guidance_scale"][candidates["split"] == "val"]) == {params.pool.guidance_scale}
     for name in ("renoised_orthogonal", "renoised_standard"):
         assert stored[name].shape == (len(candidates), r)
     for kind in information.NOISES:
@@ -88,6 +92,13 @@ def test_information_has_a_row_for_each_row_of_its_tables(params):
     assert rendered.groupby(["category", "prompt"])["aligned"].mean().eq(0.5).all()
     assert (rendered["aligned"] == (rendered["drawn"] == rendered["prompt"])).all()
     assert (rendered["aligned"] == (rendered["error"] == "none")).all()
+    for steps in asked.step_grid:
+        of_steps, rows = reading.of_steps(stored, steps), stepped[stepped["num_inference_steps"] == steps]
+        assert len(rows) == confirmed_on
+        assert set(rows["split"]) == {"test"}
+        assert torch.equal(of_steps["timesteps"], Sampler.of(torch.ones(1000), steps).timesteps)
+        assert of_steps["orthogonal"].shape == of_steps["path"].shape == (len(rows), steps)
+        assert of_steps["renoised_standard"].shape == (len(rows), r)
     whole = Results(params.model).information("color").read_bytes()
     Results(params.model).information("color").unlink()
     information.build(params, "color")
@@ -96,7 +107,7 @@ def test_information_has_a_row_for_each_row_of_its_tables(params):
 
 def test_information_draws_the_candidates_of_a_pool(params):
     """At the study's guidance, with as many steps."""
-    same = dataclasses.replace(params.information, guidance_scales=(params.pool.guidance_scale,), num_inference_steps=params.pool.num_inference_steps)
+    same = dataclasses.replace(params.information, num_inference_steps=params.pool.num_inference_steps)
     information.build(config.Declared(vars(params) | {"information": same}), "color")
     pool.build(params, "color")
     table = scores.build(params, "color").query("split == 'val'")

@@ -1,7 +1,8 @@
-"""Stage `information`: candidates over the guidance scale, their terms by phrase and by kind of noise, and those of rendered scenes, of known truth."""
+"""Stage `information`: candidates over guidance and steps, their terms by phrase and by kind of noise, and those of rendered scenes, of known truth."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pandas as pd
@@ -21,34 +22,40 @@ from mitune.stages.pool import sampler
 
 FORMS = ("orthogonal", "standard")
 NOISES = ("antithetic", "second", "own")  # beside the common noise n of a prompt: -n, another common one, one of each candidate's own
+VARIED = {"candidates": "guidance_scale", "stepped": "num_inference_steps"}  # column of a table
 ERRORS = {"swap": "binding", "replace": "binding", "layout": "layout", "object": "object"}
 
 
-def build(params, category: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Write `information/{category}/`: the tables `candidates` and `rendered`, which are returned, and their terms (`reading.information_terms`)."""
+def build(params, category: str) -> dict[str, pd.DataFrame]:
+    """Write `information/{category}/`: the tables `candidates`, `stepped` and `rendered`, which are returned, and their terms (`reading.information_terms`)."""
     model, judges, config, results = open_model(params), open_judges(params), params.information, Results(params.model)
     items = {split: read_prompts(params, category, split, n) for split, n in vars(config.n_prompts).items()}
     texts = {split: [item.text for item in of_split] for split, of_split in items.items()}
     source = params.models[params.model]
-    total = (len(config.guidance_scales) + 1) * sum(map(len, items.values()))
-    asked = {scale: _candidates(model, judges, params, scale) for scale in config.guidance_scales} | {"rendered": _rendered(model, params)}
-    key = (config, params.pool.guidance_scale, params.seed, params.dtype, texts, *map(path, (source.pipeline, source.judge, source.similarity)))
+    study = params.pool.guidance_scale
+    asked = {("candidates", scale): _candidates(model, judges, params, scale, config.num_inference_steps) for scale in config.guidance_scales}
+    asked |= {("stepped", steps): _candidates(model, judges, params, study, steps) for steps in config.step_grid}
+    asked["rendered", None] = _rendered(model, params)
+    measured = {"val": [("candidates", study)], "test": list(asked)}  # estimators are chosen on val, which needs no more
+    total = sum(len(measured[split]) * len(of_split) for split, of_split in items.items())
+    key = (config, study, params.seed, params.dtype, texts, *map(path, (source.pipeline, source.judge, source.similarity)))
     with scratch(f"information-{category}", *key) as folder, progress(total, f"information {category}", unit="prompt") as bar:
         cells = {
-            (split, what): shards(folder / f"{split}-{what}", of_split, config.shard_prompts, compute, device=params.device, progress=bar)
+            (split, *what): shards(folder / "-".join(map(str, (split, *what))), of_split, config.shard_prompts, asked[what], device=params.device, progress=bar)
             for split, of_split in items.items()
-            for what, compute in asked.items()
+            for what in measured[split]
         }
-        candidates, rendered = _tables(params, category, items, cells)
-        write_table(candidates, results.candidates(category), "candidates")
-        write_table(rendered, results.rendered(category), "rendered")
+        tables = _tables(params, category, items, cells)
+        for kind, table in tables.items():
+            write_table(table, getattr(results, kind)(category), kind)
         write_tensors(_terms(cells), results.information(category))
-    return candidates, rendered
+    return tables
 
 
-def _candidates(model, judges, params, guidance_scale: float):
-    """For prompts: their candidates' terms (n, M, ...) and alignment scores (n, M); at the study's guidance by phrase and kind of noise too."""
-    config, timesteps = params.information, _timesteps(model, params.information)
+def _candidates(model, judges, params, guidance_scale: float, steps: int):
+    """For prompts: their candidates' terms (n, M, ...) and alignment scores (n, M); at the study's guidance and steps by phrase and kind of noise too."""
+    ours = guidance_scale == params.pool.guidance_scale and steps == params.information.num_inference_steps
+    config, timesteps = dataclasses.replace(params.information, num_inference_steps=steps), _timesteps(model, params.information)
     draw = sampler(model, config, guidance_scale, params.seed)
 
     def compute(items: Sequence[Prompt]) -> dict[str, torch.Tensor]:
@@ -56,7 +63,7 @@ def _candidates(model, judges, params, guidance_scale: float):
         latents, own = samples["latents"].flatten(0, 1), torch.arange(len(items)).repeat_interleave(config.M)
         conditioning, options = model.encode(texts)[own], {"timesteps": timesteps, "batch_size": config.batch_size}
         common = _common_noise(model, params, texts)[own]
-        if guidance_scale != params.pool.guidance_scale:
+        if not ours:
             found = _named("renoised", renoised_terms(model, latents, conditioning, model.null, noise=common, **options))
         else:
             phrases = [model.encode([str(part) for part in grammar.components(grammar.parse(text))]) for text in texts]
@@ -116,23 +123,25 @@ def _named(kind: str, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {f"{kind}_{form}": values for form, values in terms.items()}
 
 
-def _tables(params, category: str, items: dict[str, list[Prompt]], cells: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows in the order of the terms: by split, of candidates then by guidance scale, then by prompt and image."""
-    config, candidates, rendered = params.information, [], []
-    for split, of_split in items.items():
-        for scale in config.guidance_scales:
-            scores = {name: cells[split, scale][name].flatten().double().numpy() for name in ("judge", "similarity")}
-            candidates.append(image_rows(of_split, config.M).assign(category=category, split=split, guidance_scale=scale, **scores))
-        errors, drawn = zip(*(row for item in of_split for row in _drawn(item.text, config.rendered, params.seed)[0]), strict=True)
-        truth = {"drawn": list(map(str, drawn)), "error": errors, "aligned": [error == "none" for error in errors]}
-        rendered.append(image_rows(of_split, config.rendered).assign(category=category, split=split, **truth))
-    return pd.concat(candidates, ignore_index=True), pd.concat(rendered, ignore_index=True)
+def _tables(params, category: str, items: dict[str, list[Prompt]], cells: dict) -> dict[str, pd.DataFrame]:
+    """Rows in the order of the terms: by split, then by guidance scale or denoising steps, then by prompt and image."""
+    config, tables = params.information, {}
+    for (split, kind, value), values in cells.items():
+        rows = image_rows(items[split], config.rendered if kind == "rendered" else config.M).assign(category=category, split=split)
+        if kind == "rendered":
+            errors, drawn = zip(*(row for item in items[split] for row in _drawn(item.text, config.rendered, params.seed)[0]), strict=True)
+            own = {"drawn": list(map(str, drawn)), "error": errors, "aligned": [error == "none" for error in errors]}
+        else:
+            own = {name: values[name].flatten().double().numpy() for name in ("judge", "similarity")} | {VARIED[kind]: value}
+        tables.setdefault(kind, []).append(rows.assign(**own))
+    return {kind: pd.concat(parts, ignore_index=True) for kind, parts in tables.items()}
 
 
 def _terms(cells: dict) -> dict[str, torch.Tensor]:
-    """The terms of all cells, a row an image; timesteps, which are the same for all, once."""
+    """The terms of all cells, a row an image; timesteps, which are the same for all, once. Those of other numbers of denoising steps by their own names."""
     parts: dict[str, list[torch.Tensor]] = {}
-    for values in cells.values():
+    for (_, kind, value), values in cells.items():
+        prefix = f"steps_{value}_" if kind == "stepped" else ""
         for name in values.keys() - {"judge", "similarity"}:
-            parts.setdefault(name, []).append(values[name])
+            parts.setdefault(prefix + name, []).append(values[name])
     return {name: found[0][0] if name.endswith("timesteps") else torch.cat(found).flatten(0, 1) for name, found in parts.items()}
