@@ -55,6 +55,20 @@ def web_captions(captions: list[grammar.Caption], noise: CaptionNoise, generator
     return drawn, said
 
 
+def misquoted(texts: list[str], wrong: float, *, seed: int) -> list[str]:
+    """The captions that remain of `texts` when those of two objects are corrupted with probability `wrong` (binding or layout).
+
+    What is wrong at one rate is wrong in the same way at every higher rate.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    said = []
+    for text, draw in zip(texts, torch.rand(len(texts), generator=generator).tolist(), strict=True):
+        caption = grammar.parse(text)
+        false = grammar.corrupt(caption, generator) if len(caption.phrases) == 2 else None
+        said.append(str(false) if false and draw < wrong else text)
+    return said
+
+
 def clean_scenes(n: int, shares: dict[str, float], *, seed: int, plain: float = scenes.PLAIN) -> tuple[torch.Tensor, list[grammar.Caption], scenes.Scenes]:
     """Rendered scenes, their true captions, and what was drawn; `plain` as in `sample_scenes`."""
     generator = torch.Generator().manual_seed(seed)

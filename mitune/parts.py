@@ -166,7 +166,6 @@ def train_unet(
     latents,
     hidden_states,
     rows,
-    null_state,
     *,
     name: str,
     scratch: Path,
@@ -178,8 +177,9 @@ def train_unet(
 ):
     """One cycle of the denoiser, in place: E ||target - unet(z_t, t, c)||^2 with 10 % of the captions dropped.
 
-    `rows` maps an image to its caption's row of `hidden_states`.
+    `rows` maps an image to its caption's row of `hidden_states`, whose first is the empty caption.
     """
+    null_state = hidden_states[0].to(device)
 
     def loss(generator):
         index = torch.randint(len(latents), (batch_size,), generator=generator)
@@ -188,7 +188,7 @@ def train_unet(
         timesteps = torch.randint(1000, (batch_size,), generator=generator).to(device)
         condition = hidden_states[rows[index]].to(device)
         dropped = (torch.rand(batch_size, generator=generator) < 0.1).to(device)
-        condition = torch.where(dropped[:, None, None], null_state.to(device), condition)
+        condition = torch.where(dropped[:, None, None], null_state, condition)
         target = scheduler.get_velocity(z, noise, timesteps) if scheduler.config.prediction_type == "v_prediction" else noise
         return {"loss": F.mse_loss(unet(scheduler.add_noise(z, noise, timesteps), timesteps, condition).sample, target)}
 

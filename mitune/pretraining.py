@@ -1,13 +1,14 @@
 """Pretraining of the embedded model: autoencoder, text encoder, denoiser, judge and similarity model, from rendered scenes.
 
 Run as `python -m mitune.pretraining` (`make pretrain`). Each part resumes from its last checkpoint in `scratch`, logs to
-`scratch/log.jsonl`, and is skipped once finished; the diffusers pipeline folder, the judges, the prompt files and the learning curve
-are written to `folder`.
+`scratch/log.jsonl`, and is skipped once finished; the diffusers pipeline folder, the judges, the prompt files, the learning curve and
+the denoisers of `caption_noise` are written to `folder`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ from mitune import captions as grammar
 from mitune import prompts
 from mitune.alignment import ShapesJudge
 from mitune.artifacts import read_table, write_table
-from mitune.config import Estimator, root
+from mitune.config import Estimator, Share, root
 from mitune.config import load as load_params
-from mitune.corpus import CaptionNoise, clean_scenes, web_latents, write_prompts
+from mitune.corpus import CaptionNoise, clean_scenes, misquoted, web_latents, write_prompts
 from mitune.information import query, renoised_terms, renoised_timesteps
 from mitune.memo import digest
 from mitune.models import LatentDiffusion, load
@@ -61,6 +62,19 @@ class Cycle:
 
 
 @dataclass(frozen=True)
+class NoisyCaptions:
+    """Small denoisers of the model's own autoencoder and text encoder, trained alike but for how many of their captions are wrong."""
+
+    width: int  # channels of the UNet's inner level
+    true_steps: int  # with true captions, common to all
+    steps: int  # from there on, of each with its own
+    batch_size: int  # images a step
+    scenes: int  # rendered scenes, common to all
+    shares: dict[str, float]  # of the captions
+    wrong: dict[str, Share]  # by the name of the denoiser: share of its captions of two objects that are wrong
+
+
+@dataclass(frozen=True)
 class Pretraining:
     """Sizes of every part (steps are optimizer steps); `shares` are the categories' shares of the captions.
 
@@ -83,6 +97,7 @@ class Pretraining:
     unet_cycles: tuple[Cycle, ...]
     snapshots: int  # of each cycle of the denoiser
     probe: Probe
+    caption_noise: NoisyCaptions
 
 
 def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
@@ -118,18 +133,16 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
     unet, scheduler = build_unet(config.unet_width).to(config.device), build_scheduler(config.prediction_type)
     for n, cycle in enumerate(config.unet_cycles):
         latents, texts = web_latents(config.web_scenes, cycle.shares, config.noise, vae, seed=config.seed + 1 + 10 * n)
-        row = {text: i for i, text in enumerate(sorted({*texts, ""}))}
-        hidden_states = encode_texts(text_encoder, tokenizer, list(row), device=config.device)
-        rows = torch.tensor([row[text] for text in texts])
+        hidden_states, rows = _conditioned(texts, text_encoder, tokenizer, config.device)
         train_unet(
-            unet, scheduler, latents, hidden_states, rows, hidden_states[row[""]],
+            unet, scheduler, latents, hidden_states, rows,
             name=f"unet_{n + 1}", steps=cycle.steps, seed=config.seed + n, snapshots=config.snapshots, **options,
         )  # fmt: skip
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=unet,
+        unet=unet.half(),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -139,6 +152,39 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
     shutil.rmtree(folder / "tokenizer")
     shutil.copy(scratch / "log.jsonl", folder / "log.jsonl")
     learning_curve(config, folder=folder, scratch=scratch)
+    caption_noise(config, folder=folder, scratch=scratch)
+
+
+def caption_noise(config: Pretraining, *, folder: Path, scratch: Path) -> None:
+    """Write the denoisers of `config.caption_noise` to `folder/caption_noise/{name}`, beside the log of their training, for the pipeline in `folder`.
+
+    They have their first steps, with true captions, in common, and from there on see the same images in the same order with the same noise: only the
+    captions differ.
+    """
+    settings, scratch, home = config.caption_noise, scratch / "caption_noise", folder / "caption_noise"
+    scratch.mkdir(parents=True, exist_ok=True)
+    pipeline = load(folder / "pipeline", device=config.device).pipeline
+    latents, true = web_latents(settings.scenes, settings.shares, CaptionNoise(neglect=0.0, wrong=0.0), pipeline.vae, seed=config.seed)
+
+    def train(unet, name: str, wrong: float, steps: int, seed: int) -> None:
+        states, rows = _conditioned(misquoted(true, wrong, seed=config.seed), pipeline.text_encoder, pipeline.tokenizer, config.device)
+        options = {"name": name, "steps": steps, "seed": seed, "batch_size": settings.batch_size, "scratch": scratch, "device": config.device}
+        train_unet(unet, pipeline.scheduler, latents, states, rows, snapshots=0, **options)
+
+    torch.manual_seed(config.seed)
+    start = build_unet(settings.width).to(config.device)
+    train(start, "true", 0.0, settings.true_steps, config.seed)
+    for name, wrong in settings.wrong.items():
+        unet = copy.deepcopy(start)
+        train(unet, f"then_{name}", wrong, settings.steps, config.seed + 1)
+        unet.half().save_pretrained(home / name)
+    shutil.copy(scratch / "log.jsonl", home / "log.jsonl")
+
+
+def _conditioned(texts: list[str], text_encoder, tokenizer, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a denoiser learns from is told: hidden states of the different texts, the empty one first, and each text's row of them."""
+    row = {text: i for i, text in enumerate(sorted({*texts, ""}))}
+    return encode_texts(text_encoder, tokenizer, list(row), device=device), torch.tensor([row[text] for text in texts])
 
 
 def learning_curve(config: Pretraining, *, folder: Path, scratch: Path) -> dict[str, pd.DataFrame]:
@@ -200,9 +246,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the embedded model by the `pretrain` part of params.yaml; resumes where it stopped.")
     parser.add_argument("--to", type=Path, default=root() / "data" / "shapes", help="folder of the finished model (default: data/shapes)")
     parser.add_argument("--scratch", type=Path, default=root() / ".scratch" / "pretrain", help="checkpoints and log (default: .scratch/pretrain)")
+    parser.add_argument("--only", choices=("caption_noise",), help="train this part alone, for the finished model in the folder")
     arguments = parser.parse_args()
     config = build(Pretraining, load_params().pretrain, "pretrain")
-    pretrain(config, folder=arguments.to, scratch=arguments.scratch)
+    make = caption_noise if arguments.only else pretrain
+    make(config, folder=arguments.to, scratch=arguments.scratch)
 
 
 if __name__ == "__main__":

@@ -37,3 +37,15 @@ def test_without_noise_captions_are_true():
     true = corpus.sample_captions(50, generator, SHARES)
     drawn, said = corpus.web_captions(true, corpus.CaptionNoise(neglect=0.0, wrong=0.0), generator)
     assert said == [str(caption) for caption in true] and (drawn.shape[:, 1] >= 0).all()
+
+
+def test_captions_are_misquoted_at_a_rate_and_errors_of_a_lower_rate_remain():
+    generator = torch.Generator().manual_seed(0)
+    true = [str(caption) for caption in corpus.sample_captions(900, generator, {"color": 0.8, "single": 0.2})]
+    pairs = [len(captions.parse(text).phrases) == 2 for text in true]
+    said = {rate: corpus.misquoted(true, rate, seed=3) for rate in (0.0, 0.3, 0.6, 1.0)}
+    wrong = {rate: {n for n, (text, told) in enumerate(zip(true, texts, strict=True)) if text != told} for rate, texts in said.items()}
+    assert wrong[0.0] == set() and wrong[1.0] == {n for n, pair in enumerate(pairs) if pair}
+    for rate in (0.3, 0.6):
+        assert abs(len(wrong[rate]) / sum(pairs) - rate) < 3 * (rate * (1 - rate) / sum(pairs)) ** 0.5
+    assert wrong[0.3] < wrong[0.6] and all(said[0.3][n] == said[0.6][n] for n in wrong[0.3])

@@ -7,6 +7,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from mitune import artifacts, captions, config, fitting, models, networks, parts, pretraining, schema
@@ -58,6 +59,14 @@ def test_the_shipped_model_is_small_and_loads_in_diffusers():
     assert image.shape == (1, 64, 64, 3) and image.std() > 0
 
 
+def test_the_shipped_denoisers_are_stored_in_half_precision():
+    folders = [SHIPPED / "pipeline" / "unet", *(SHIPPED / "caption_noise" / name for name in config.load().pretrain["caption_noise"]["wrong"])]
+    for folder in folders:
+        stored = load_file(folder / "diffusion_pytorch_model.safetensors")
+        assert {value.dtype for value in stored.values()} == {torch.float16}
+        assert all(value.isfinite().all() for value in stored.values())
+
+
 def test_the_shipped_files_name_no_folder_of_a_machine():
     assert [file for file in SHIPPED.rglob("*.json") if "_name_or_path" in file.read_text() or "/home/" in file.read_text()] == []
 
@@ -93,8 +102,9 @@ def test_the_whole_pretraining_at_toy_size_resumes_and_ships_a_model(tmp_path):
     sizes = {"clean_scenes": 24, "web_scenes": 24, "unet_width": 32, "text_steps": 1, "similarity_steps": 1, "snapshots": 1}
     few = {"cases": 2, "prompts": 2, "images": 3, "timesteps": 2, "num_inference_steps": 3, "batch_size": 4}
     probe = values["probe"] | few
+    noisy = {"width": 32, "true_steps": 1, "steps": 2, "batch_size": 4, "scenes": 24, "shares": {"color": 1.0}, "wrong": {"no": 0.0, "same": 0.0, "all": 1.0}}
     cycles = {"vae_cycles": [1, 1], "judge_cycles": [1, 1], "unet_cycles": [{"steps": 1, "shares": even}, {"steps": 2, "shares": even}]}
-    toy = schema.build(pretraining.Pretraining, values | sizes | cycles | {"shares": even, "probe": probe}, "pretrain")
+    toy = schema.build(pretraining.Pretraining, values | sizes | cycles | {"shares": even, "probe": probe, "caption_noise": noisy}, "pretrain")
     folder, again, scratch = tmp_path / "model", tmp_path / "again", tmp_path / "scratch"
     pretraining.pretrain(toy, folder=folder, scratch=scratch)
     curve = artifacts.read_table(folder / "snapshots.parquet", "snapshots")
@@ -107,8 +117,11 @@ def test_the_whole_pretraining_at_toy_size_resumes_and_ships_a_model(tmp_path):
     assert [json.loads(line)["part"] for line in lines] == ["vae_1", "vae_2", "text_encoder", "similarity", "judge_1", "judge_2", "unet_1", "unet_2"]
     pretraining.pretrain(toy, folder=again, scratch=scratch)
     assert (scratch / "log.jsonl").read_text().splitlines() == lines  # finished parts are not trained again
-    for file in ("pipeline/unet/diffusion_pytorch_model.safetensors", "judge/model.safetensors"):
+    weights = "diffusion_pytorch_model.safetensors"
+    for file in (f"pipeline/unet/{weights}", "judge/model.safetensors", f"caption_noise/all/{weights}"):
         assert (folder / file).read_bytes() == (again / file).read_bytes()
+    none, same, every = ((folder / "caption_noise" / name / weights).read_bytes() for name in noisy["wrong"])
+    assert none == same != every  # nothing but the captions differs
 
 
 def toy_curve(tiny_pipeline, home):
