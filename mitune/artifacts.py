@@ -106,7 +106,8 @@ class Results:
 
     def cell(self, study: str, key: str) -> Path:
         """A folder: `images.parquet`, `sets.parquet`, `costs.parquet`, `seconds.json`, `features.safetensors`, and in `adapters` one of each
-        `{category}-{seed}`, those of later rounds `{category}-{seed}-{round}`; of the study `merging` `images.parquet` and `layers.parquet` alone.
+        `{category}-{seed}`, those of later rounds `{category}-{seed}-{round}`; with `examine_pool` also `pool.parquet`; of the study `merging`
+        `images.parquet` and `layers.parquet` alone.
 
         The features are of unit norm: `images` and `base`, a row a row of `images.parquet`, and `reference/{category}/{split}` and
         `decoded/{category}/{split}`, of rendered scenes of its prompts (`mitune.stages.steps.reference`).

@@ -20,12 +20,13 @@ from mitune.schema import Count, Index, Positive, Range, Rate, Scale, Several, S
 
 @dataclass(frozen=True)
 class Model:
-    """Where a model lives: a folder of the project, or a name on the hub."""
+    """Where a model lives: a folder of the project, or a name on the hub; `unet` a folder with a denoiser in place of the pipeline's own."""
 
     pipeline: str
     judge: str
     similarity: str
     prompts: str
+    unet: str | None = None
 
 
 @dataclass(frozen=True)

@@ -200,19 +200,25 @@ class LatentDiffusion:
 
 
 def load(
-    source: str | Path, *, device: str = "cpu", dtype: str = "float32", adapter: Path | Sequence[Path] | None = None, fuse: bool = True
-) -> LatentDiffusion:
+    source: str | Path, *, unet: str | Path | None = None, device: str = "cpu", dtype: str = "float32",
+    adapter: Path | Sequence[Path] | None = None, fuse: bool = True,
+) -> LatentDiffusion:  # fmt: skip
     """A pipeline from a folder, or from the hub as "owner/name" or "owner/name@revision", with an adapter fused into it or (`fuse=False`) attached.
+
+    The denoiser in the folder `unet` takes the place of the pipeline's own, if one is named.
 
     Of several adapters, each trained on top of those before it, all are fused in turn, or all but the last. Fusing is done in float32 before
     `dtype` is applied to the network, and leaves a network of the base model's shape and speed.
 
     Raises:
-        ValueError: no such model, device, dtype or adapter; a model that is not Stable Diffusion's; an adapter that does not fit or changes nothing.
+        ValueError: no such model, device, dtype or adapter; a model that is not Stable Diffusion's; a denoiser or an adapter that does not fit, or an
+            adapter that changes nothing.
     """
     kind = _dtype(dtype)
     place = _device(device)
     pipeline = _pipeline(str(source))
+    if unet is not None:
+        pipeline.register_modules(unet=_unet(Path(unet), pipeline.unet))
     folders = [] if adapter is None else [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
     for n, folder in enumerate(folders, start=1):
         parts = _attach(pipeline, Path(folder))
@@ -244,6 +250,19 @@ def _pipeline(source: str):
     if not isinstance(pipeline, StableDiffusionPipeline) or not isinstance(pipeline.unet, UNet2DConditionModel):
         raise ValueError(f"{source!r} holds a {type(pipeline).__name__}; only a StableDiffusionPipeline (one text encoder, one UNet) is supported")
     return pipeline
+
+
+def _unet(folder: Path, own: torch.nn.Module):
+    """The float32 denoiser in `folder`, which reads and makes what the pipeline's own does."""
+    try:
+        with quiet():
+            unet = type(own).from_pretrained(folder, dtype=torch.float32)
+    except Exception as error:
+        raise ValueError(f"cannot load a denoiser from {str(folder)!r}: {_line(error)}") from error
+    for name in ("in_channels", "out_channels", "sample_size", "cross_attention_dim"):
+        if unet.config[name] != own.config[name]:
+            raise ValueError(f"the denoiser {str(folder)!r} does not fit the pipeline: its {name} is {unet.config[name]}, not {own.config[name]}")
+    return unet
 
 
 def _attach(pipeline, folder: Path) -> list[str]:

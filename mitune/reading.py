@@ -26,7 +26,10 @@ def tables(params, kind: str) -> pd.DataFrame:
     return pd.concat([read_table(getattr(results, kind)(*cell), kind) for cell in cells], ignore_index=True)
 
 
-CELLS = {"cell": "images.parquet", "kept": "sets.parquet", "costs": "costs.parquet", "merged": "images.parquet", "layers": "layers.parquet"}
+CELLS = {
+    "cell": "images.parquet", "kept": "sets.parquet", "costs": "costs.parquet", "merged": "images.parquet", "layers": "layers.parquet",
+    "scores": "pool.parquet",
+}  # fmt: skip
 
 
 def cells(params, study: str, kind: str, split: str = "test") -> pd.DataFrame:

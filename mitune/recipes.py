@@ -69,11 +69,14 @@ class Common:
 class Recipe(Common, Tuning):
     """A cell of a study: its own entries, for the rest those of `studies.common`, `finetune` and, of guidance scales, `evaluate`.
 
-    `pool_adapter` is a recipe too: by it the model is fine-tuned that makes the pool, in place of the base.
+    `pool_adapter` is a recipe too: by it the model is fine-tuned that makes the pool, in place of the base. `unet` is a folder
+    with a denoiser in place of the base's; with `examine_pool` every estimator scores every candidate.
     """
 
     guidance_scales: tuple[Scale, ...]
     pool_adapter: Recipe | None = None
+    unet: str | None = None
+    examine_pool: bool = False
 
     @property
     def tuning(self) -> Tuning:
@@ -113,6 +116,7 @@ class Studies:
     adapters: dict[str, Any] | None = None
     merging: dict[str, Any] | None = None
     selection: dict[str, Any] | None = None
+    caption_noise: dict[str, Any] | None = None
 
 
 def recipes(params: Any, study: str) -> dict[str, Recipe]:
@@ -147,7 +151,9 @@ def _recipe(kind: type[Recipe], default: Mapping[str, Any], cell: Any, where: st
     own = dict(cell)
     if own.get("pool_adapter") is not None:
         own["pool_adapter"] = _recipe(Recipe, default, own["pool_adapter"], f"{where}.pool_adapter")
-        for name in ("categories", *EVALUATED):
+        for name in ("categories", "unet", "examine_pool", *EVALUATED):
             if name in cell["pool_adapter"]:
-                raise ValueError(f"{where}.pool_adapter.{name} has no meaning: the category is the cell's, and the model that makes the pool is not evaluated")
+                raise ValueError(
+                    f"{where}.pool_adapter.{name} has no meaning: category and denoiser are the cell's, and the model that makes the pool is not evaluated"
+                )
     return build(kind, dict(default) | own, where)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from mitune.models import ADAPTER_FILE, Conditioning, LatentDiffusion, load
+from mitune.networks import build_unet
 
 PROMPTS = ["a red circle", "a blue square and a green star", "a red circle"]
 
@@ -120,6 +121,31 @@ def test_autoencoder_is_the_pipelines_own(model, pipeline, batch):
         assert_close(latents, pipeline.vae.encode(images).latent_dist.mean * scale, rtol=1e-4, atol=1e-5)
         assert_close(model.decode(latents, batch_size=2), pipeline.vae.decode(latents / scale).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
     assert model.decode(latents * 1e4).abs().max() <= 1
+
+
+def test_another_denoiser_takes_the_place_of_the_pipelines_own(model, tiny_pipeline, batch, tmp_path):
+    torch.manual_seed(5)
+    other = build_unet(64)
+    other.half().save_pretrained(tmp_path / "other")
+    found = load(tiny_pipeline, unet=tmp_path / "other")
+    assert {parameter.dtype for parameter in found.network.parameters()} == {torch.float32}
+    states = model.encode(PROMPTS).tensors["encoder_hidden_states"]
+    with torch.no_grad():
+        assert_close(predict(found, batch), other.float().eval()(batch[0], batch[2], states).sample, rtol=1e-4, atol=1e-5)
+    assert_close(found.decode(batch[0]), model.decode(batch[0]))
+    attach(found)
+    found.save_adapter(tmp_path / "adapter")
+    assert_close(predict(load(tiny_pipeline, unet=tmp_path / "other", adapter=tmp_path / "adapter"), batch), predict(found, batch), rtol=1e-3, atol=1e-4)
+
+
+def test_a_denoiser_that_is_missing_or_does_not_fit_is_named(tiny_pipeline, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot load a denoiser from '.*nowhere'"):
+        load(tiny_pipeline, unet=tmp_path / "nowhere")
+    unet = build_unet(32)
+    unet.register_to_config(sample_size=16)
+    unet.save_pretrained(tmp_path / "large")
+    with pytest.raises(ValueError, match="its sample_size is 16, not 8"):
+        load(tiny_pipeline, unet=tmp_path / "large")
 
 
 @pytest.mark.parametrize("use_dora", [True, False], ids=["dora", "lora"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mitune import artifacts, config, reading, repro, smoke, tradeoff
+from mitune import artifacts, config, networks, reading, repro, smoke, tradeoff
 from mitune.artifacts import Results, read_table
 from mitune.recipes import Tuning, recipes
 from mitune.stages import cell, judging, open_model, pairs, steps
@@ -86,6 +86,8 @@ def test_equal_cells_of_different_studies_are_one_recipe():
         ("selection", {"pool_adapter": {"select": "jugde"}}, "studies.selection.x.pool_adapter.select is 'jugde'"),
         ("selection", {"pool_adapter": {"rank": 0}}, "studies.selection.x.pool_adapter.rank is 0: it must be at least 1"),
         ("selection", {"pool_adapter": {"test_prompts": 1}}, "studies.selection.x.pool_adapter.test_prompts has no meaning"),
+        ("selection", {"pool_adapter": {"unet": "data"}}, "studies.selection.x.pool_adapter.unet has no meaning"),
+        ("caption_noise", {"unet": 3}, "studies.caption_noise.x.unet is 3: it must be text"),
         ("selection", {"pool_adapter": {}, "rounds": 2}, "studies.selection.x.rounds is 2: the pool of a later round"),
     ],
 )
@@ -177,6 +179,32 @@ def test_a_cell_computed_anew_gives_equal_bytes(params):
     shutil.rmtree(config.root() / ".scratch")
     assert files() == first
     assert len(first) == 6
+
+
+# ---------------------------------------------------------------- another denoiser
+
+
+def test_a_cell_of_another_denoiser_is_that_of_a_model_that_has_it(params, values, tiny_pipeline, tmp_path):
+    """And every estimator's scores of its pool are those by which it would select."""
+    torch.manual_seed(3)
+    networks.build_unet(32).half().save_pretrained(tmp_path / "another")
+    values["studies"]["caption_noise"] = {key: {"M": 4, "block": 4, "examine_pool": True, "unet": unet} for key, unet in (("other", "another"), ("own", None))}
+    values["studies"]["common"] |= {"seeds": [0]}
+    params = config.read(values)
+    tables = {key: cell.build(params, "caption_noise", key) for key in ("other", "own")}
+    assert (tables["other"]["base_similarity"] != tables["own"]["base_similarity"]).any()
+    shutil.copytree(tiny_pipeline, tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole" / "unet"), shutil.copytree(tmp_path / "another", tmp_path / "whole" / "unet")
+    values["models"]["shapes"]["pipeline"] = str(tmp_path / "whole")
+    whole = cell.build(config.read(values), "caption_noise", "own")
+    assert whole.equals(tables["other"])
+    recipe = config.recipes(params, "caption_noise")["own"]
+    scores = reading.cells(params, "caption_noise", "scores", "train").query("cell == 'other'")
+    chosen = read_table(Results(params.model).cell("caption_noise", "other") / "sets.parquet", "kept")
+    best = scores.loc[scores.groupby("prompt_id")[recipe.select].idxmax()]
+    assert best["image"].tolist() == chosen["image"].tolist()
+    assert best["judge"].tolist() == pytest.approx(chosen["judge"].tolist(), rel=1e-5)
+    assert {*params.estimators, "judge", "similarity"} <= set(scores) and len(scores) == recipe.n_prompts * recipe.M
 
 
 # ---------------------------------------------------------------- rounds
@@ -330,7 +358,8 @@ def test_a_new_or_changed_key_concerns_its_own_cell_and_article_alone(tmp_path):
     """Of parameters and commands; what else a stage depends on is files, which a key does not change."""
     folder = smoke.clone(tmp_path / "clone")
     before, overlay = declared(folder), tmp_path / "overlay.yaml"
-    assert {"set_size@M50_k1", "adapters@dora", "cfg_rounds@R2", "selection@real50", "04_cfg_rounds", "05_set_size", "08_selection"} <= set(before)
+    assert {"set_size@M50_k1", "adapters@dora", "cfg_rounds@R2", "selection@real50", "caption_noise@wrong_30"} <= set(before)
+    assert {"04_cfg_rounds", "05_set_size", "08_selection", "10_caption_noise"} <= set(before)
 
     def merged(cells):
         overlay.write_text(f"studies: {{set_size: {cells}}}")

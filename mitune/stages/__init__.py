@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +15,23 @@ def path(entry: str) -> Path | str:
     return folder if folder.exists() else entry
 
 
+def weights(params) -> dict[str, Path | str | None]:
+    """What the base is read from, as `models.load` takes it: the pipeline, and the denoiser that takes the place of its own, if any."""
+    entry = params.models[params.model]
+    return {"source": path(entry.pipeline), "unet": entry.unet and path(entry.unet)}
+
+
+def with_denoiser(params, unet: str | None):
+    """The parameters of the same model with the denoiser in the folder `unet`; as they are for None."""
+    if unet is None:
+        return params
+    entry = dataclasses.replace(params.models[params.model], unet=unet)
+    return config.Declared(vars(params) | {"models": {**params.models, params.model: entry}})
+
+
 def open_model(params, *, adapter: Path | Sequence[Path] | None = None) -> models.LatentDiffusion:
     """The base, or with the adapters of these folders fused into it in turn."""
-    return models.load(path(params.models[params.model].pipeline), device=params.device, dtype=params.dtype, adapter=adapter)
+    return models.load(**weights(params), device=params.device, dtype=params.dtype, adapter=adapter)
 
 
 def read_prompts(params, category: str, split: str, n: int | None = None) -> list[prompts.Prompt]:

@@ -10,7 +10,8 @@ import torch
 from mitune.artifacts import Results, read_json, write_json, write_table, write_tensors
 from mitune.models import ADAPTER_FILE
 from mitune.recipes import recipes
-from mitune.stages.steps import evaluation, features, reference, tuned
+from mitune.stages import with_denoiser
+from mitune.stages.steps import evaluation, examined, features, reference, tuned
 
 SAME = ["category", "split", "guidance_scale", "prompt_id", "prompt", "image", "scene"]
 
@@ -21,6 +22,7 @@ def build(params, study: str, key: str) -> pd.DataFrame:
     `seconds.json` is apart from the rest: times differ from run to run, everything else does not.
     """
     recipe, place = recipes(params, study)[key], Results(params.model).cell(study, key)
+    params = with_denoiser(params, recipe.unet)
     images, seen, sets, costs, times = [], [], [], [], {"pool": {}, "scores": {}, "finetune": {}}
     references: dict[str, torch.Tensor] = {}
     splits = ("test", "val") if recipe.val_prompts else ("test",)
@@ -45,6 +47,9 @@ def build(params, study: str, key: str) -> pd.DataFrame:
     write_tensors({name: torch.cat([part[name] for part in seen]) for name in ("images", "base")} | references, place / "features.safetensors")
     write_table(pd.concat(sets, ignore_index=True), place / "sets.parquet", "kept")
     write_table(pd.DataFrame(costs), place / "costs.parquet", "costs")
+    if recipe.examine_pool:
+        pools = [examined(params, recipe, category) for category in recipe.categories]
+        write_table(pd.concat(pools, ignore_index=True), place / "pool.parquet", "scores")
     write_json(times, place / "seconds.json")
     return table
 

@@ -30,7 +30,7 @@ from mitune.memo import shared
 from mitune.models import ADAPTER_FILE, LatentDiffusion, load
 from mitune.sampling import noise_generator, noises, sample
 from mitune.shards import progress, shards
-from mitune.stages import judging, open_model, path, read_prompts
+from mitune.stages import judging, open_model, read_prompts, weights
 from mitune.stages.pool import sampler
 
 NETWORKS = ("base", "merged", "attached")
@@ -57,7 +57,7 @@ def build(params, parameters: Mapping[str, Any] | None) -> pd.DataFrame:
         write_json(networks(params, trained) | {"recorded": recorded(params)}, folder / "facts.json")
 
     settings = (params.cost, params.seed, params.pool, params.renoise, params.finetune, params.evaluate, params.dtype, params.device)
-    model = (path(params.models[params.model].pipeline), trained / ADAPTER_FILE, params.categories[0])
+    model = (*weights(params).values(), trained / ADAPTER_FILE, params.categories[0])
     folder, results = shared("cost", *settings, *model, make=make), Results(params.model)
     table = read_table(folder / "timed.parquet", "timed")
     write_table(table, results.cost("timed.parquet"), "timed")
@@ -228,4 +228,4 @@ def _latents(params, model: LatentDiffusion) -> torch.Tensor:
 def _opened(params, name: str, trained: Path) -> LatentDiffusion:
     """One of `NETWORKS`."""
     adapter = {} if name == "base" else {"adapter": trained, "fuse": name == "merged"}
-    return load(path(params.models[params.model].pipeline), device=params.device, dtype=params.dtype, **adapter)
+    return load(**weights(params), device=params.device, dtype=params.dtype, **adapter)

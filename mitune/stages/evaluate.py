@@ -9,7 +9,7 @@ from mitune.artifacts import Results, write_table, write_tensors
 from mitune.memo import scratch
 from mitune.sampling import noise_generator, sample
 from mitune.shards import progress, shards
-from mitune.stages import has_split, open_model, path, read_prompts
+from mitune.stages import has_split, open_model, read_prompts, weights
 from mitune.stages.judging import image_rows, judged, open_judges
 
 
@@ -21,7 +21,7 @@ def build(params, category: str) -> pd.DataFrame:
     arms = ("base", *params.arms)
     total = len(arms) * len(config.guidance_scales) * sum(map(len, splits.values()))
     frames, grids = [], {}
-    key = (config, params.seed, params.dtype, path(params.models[params.model].pipeline), *(results.adapter(category, arm) for arm in arms[1:]))
+    key = (config, params.seed, params.dtype, *weights(params).values(), *(results.adapter(category, arm) for arm in arms[1:]))
     with scratch(f"evaluate-{category}", *key) as folder, progress(total, f"evaluate {category}", unit="prompt") as bar:
         for arm in arms:
             model = open_model(params, adapter=None if arm == "base" else results.adapter(category, arm))

@@ -16,7 +16,7 @@ from mitune.memo import scratch
 from mitune.prompts import Prompt
 from mitune.sampling import noise_generator, noises
 from mitune.shards import progress, shards
-from mitune.stages import open_model, path, read_prompts
+from mitune.stages import open_model, path, read_prompts, weights
 from mitune.stages.judging import image_rows, judged, open_judges
 from mitune.stages.pool import sampler
 
@@ -38,7 +38,7 @@ def build(params, category: str) -> dict[str, pd.DataFrame]:
     asked["rendered", None] = _rendered(model, params)
     measured = {"val": [("candidates", study)], "test": list(asked)}  # estimators are chosen on val, which needs no more
     total = sum(len(measured[split]) * len(of_split) for split, of_split in items.items())
-    key = (config, study, params.seed, params.dtype, texts, *map(path, (source.pipeline, source.judge, source.similarity)))
+    key = (config, study, params.seed, params.dtype, texts, *weights(params).values(), *map(path, (source.judge, source.similarity)))
     with scratch(f"information-{category}", *key) as folder, progress(total, f"information {category}", unit="prompt") as bar:
         cells = {
             (split, *what): shards(folder / "-".join(map(str, (split, *what))), of_split, config.shard_prompts, asked[what], device=params.device, progress=bar)

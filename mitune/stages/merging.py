@@ -15,7 +15,7 @@ from mitune.artifacts import Results, read_table, read_tensors, write_table, wri
 from mitune.memo import shared
 from mitune.models import ADAPTER_FILE, DTYPES, LatentDiffusion, load
 from mitune.recipes import Merge, recipes
-from mitune.stages import finetune, path
+from mitune.stages import finetune, weights, with_denoiser
 from mitune.stages.cell import SAME
 from mitune.stages.steps import Prepared, adapter, candidates, evaluation, keep
 
@@ -23,7 +23,7 @@ from mitune.stages.steps import Prepared, adapter, candidates, evaluation, keep
 def build(params, key: str) -> pd.DataFrame:
     """Write what `Results.cell` lists, and return the table of evaluated images (schema `merged`)."""
     recipe, place = recipes(params, "merging")[key], Results(params.model).cell("merging", key)
-    images, layers = [], []
+    params, images, layers = with_denoiser(params, recipe.unet), [], []
     for seed in recipe.seeds:
         own, latents, captions = zip(*(single(params, recipe, category, seed) for category in recipe.categories), strict=True)
         joint = adapter(params, recipe, torch.cat(latents), list(itertools.chain(*captions)), seed=seed) if recipe.merge == "joint" else None
@@ -73,20 +73,16 @@ def merged(params, recipe: Merge, adapters: Sequence[Path], joint: Path | None) 
         write_table(pd.DataFrame(merging.describe(base, several, result, recipe.shares)).assign(seed=0), folder / "layers.parquet", "layers")
 
     files = [one / ADAPTER_FILE for one in (*adapters, *([joint] if joint else []))]
-    return shared("merged", _pipeline(params), params.device, recipe.merge, recipe.shares, recipe.density, files, make=make)
+    return shared("merged", *weights(params).values(), params.device, recipe.merge, recipe.shares, recipe.density, files, make=make)
 
 
 def opened(params, deltas: Path) -> LatentDiffusion:
     """The base with these changes of its weights, in float32 like a fused adapter, before its dtype is applied."""
-    model = load(_pipeline(params), device=params.device)
+    model = load(**weights(params), device=params.device)
     merging.add(model, read_tensors(deltas))
     torch.nn.Module.to(model.network, DTYPES[params.dtype])  # diffusers' own `to` warns of a list of exceptions that is empty
     return model
 
 
 def _attached(params, folder: Path) -> LatentDiffusion:
-    return load(_pipeline(params), device=params.device, adapter=folder, fuse=False)
-
-
-def _pipeline(params) -> Path | str:
-    return path(params.models[params.model].pipeline)
+    return load(**weights(params), device=params.device, adapter=folder, fuse=False)

@@ -8,7 +8,7 @@ from mitune.artifacts import Results, write_tensors
 from mitune.memo import scratch
 from mitune.sampling import noise_generator, sample
 from mitune.shards import progress, shards
-from mitune.stages import open_model, path, read_prompts
+from mitune.stages import open_model, read_prompts, weights
 
 
 def build(params, category: str) -> dict[str, tuple[int, ...]]:
@@ -20,7 +20,7 @@ def build(params, category: str) -> dict[str, tuple[int, ...]]:
     for split, n in pool.n_prompts.items():
         items = read_prompts(params, category, split, n)
         compute = sampler(model, pool, pool.guidance_scale, params.seed)
-        key = (pool, params.seed, params.dtype, [item.text for item in items], path(params.models[params.model].pipeline))
+        key = (pool, params.seed, params.dtype, [item.text for item in items], *weights(params).values())
         with scratch(f"pool-{category}-{split}", *key) as folder, progress(len(items), f"pool {category} {split}", unit="prompt") as bar:
             tensors = shards(folder, items, pool.shard_prompts, compute, device=params.device, progress=bar)
             tensors["timesteps"] = tensors["timesteps"][0]

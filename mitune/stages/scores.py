@@ -10,7 +10,7 @@ from mitune.information import query, renoised_terms, renoised_timesteps
 from mitune.memo import scratch
 from mitune.sampling import noises
 from mitune.shards import progress, shards
-from mitune.stages import open_model, path, read_prompts
+from mitune.stages import open_model, read_prompts, weights
 from mitune.stages.judging import image_rows, judged, open_judges
 
 
@@ -23,7 +23,7 @@ def build(params, category: str) -> pd.DataFrame:
         items = read_prompts(params, category, split, n)
         pool = read_tensors(results.pool(category, split))
         compute = _scorer(model, judges, items, pool["latents"], timesteps, params)
-        key = (params.renoise, params.seed, params.dtype, pool["latents"], path(params.models[params.model].pipeline))
+        key = (params.renoise, params.seed, params.dtype, pool["latents"], *weights(params).values())
         with scratch(f"scores-{category}-{split}", *key) as folder, progress(len(items), f"scores {category} {split}", unit="prompt") as bar:
             terms = shards(folder, range(len(items)), params.pool.shard_prompts, compute, device=params.device, progress=bar)
             renoised = {f"renoised_{name}": terms[name] for name in ("orthogonal", "standard")} | {"renoised_timesteps": timesteps}

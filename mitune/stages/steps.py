@@ -22,7 +22,7 @@ from mitune.recipes import Recipe
 from mitune.sampling import noise_generator, noises
 from mitune.selection import select, select_random
 from mitune.shards import progress, shards
-from mitune.stages import judging, open_model, pairs, path, read_prompts
+from mitune.stages import judging, open_model, pairs, path, read_prompts, weights
 from mitune.stages.evaluate import evaluator, tabulate
 from mitune.stages.pool import sampler
 
@@ -111,6 +111,13 @@ def candidates(params, recipe: Recipe, category: str, *on: Path, first: int = 0)
         evaluations={"pool": 2 * len(items) * recipe.M * params.pool.num_inference_steps, "scores": 2 * len(items) * recipe.M * _times(params, recipe.select)},
         seconds={"pool": sum(map(seconds, blocks)), "scores": sum(map(seconds, scored))},
     )  # fmt: skip
+
+
+def examined(params, recipe: Recipe, category: str) -> pd.DataFrame:
+    """The M candidates of each training prompt by the base, a row each, with both alignment scores and every estimator's MI (schema `scores`)."""
+    pools = {rule: candidates(params, replace(recipe, select=rule), category) for rule in ("judge", "similarity", *params.estimators)}
+    table = judging.image_rows(pools["judge"].prompts, recipe.M).assign(category=category, split="train")
+    return table.assign(**{rule: pool.score.flatten().double().numpy() for rule, pool in pools.items()})
 
 
 def real_candidates(params, recipe: Recipe, category: str, *on: Path) -> Candidates:
@@ -323,7 +330,7 @@ def _evaluated(params, recipe: Recipe, category: str, split: str, trained: Seque
 
 def _base(params, *on: Path) -> tuple:
     """What everything that the base model makes depends on, or that the model with the adapters `on` makes."""
-    return path(params.models[params.model].pipeline), params.dtype, params.device, [folder / ADAPTER_FILE for folder in on]
+    return *weights(params).values(), params.dtype, params.device, [folder / ADAPTER_FILE for folder in on]
 
 
 def _judges(params) -> tuple:
