@@ -198,7 +198,7 @@ def test_a_cell_of_another_denoiser_is_that_of_a_model_that_has_it(params, value
     values["models"]["shapes"]["pipeline"] = str(tmp_path / "whole")
     whole = cell.build(config.read(values), "caption_noise", "own")
     assert whole.equals(tables["other"])
-    recipe = config.recipes(params, "caption_noise")["own"]
+    recipe = recipes(params, "caption_noise")["own"]
     scores = reading.cells(params, "caption_noise", "scores", "train").query("cell == 'other'")
     chosen = read_table(Results(params.model).cell("caption_noise", "other") / "sets.parquet", "kept")
     best = scores.loc[scores.groupby("prompt_id")[recipe.select].idxmax()]
