@@ -21,7 +21,7 @@ from mitune import captions as grammar
 from mitune import prompts
 from mitune.alignment import ShapesJudge
 from mitune.artifacts import read_table, write_table
-from mitune.config import Estimator, Share, root
+from mitune.config import Estimator, root
 from mitune.config import load as load_params
 from mitune.corpus import CaptionNoise, clean_scenes, misquoted, web_latents, write_prompts
 from mitune.information import query, renoised_terms, renoised_timesteps
@@ -30,7 +30,7 @@ from mitune.models import LatentDiffusion, load
 from mitune.networks import build_scheduler, build_tokenizer, build_unet, build_vae
 from mitune.parts import encode_texts, reconstruct, train_judge, train_similarity, train_text_encoder, train_unet, train_vae, whiten
 from mitune.sampling import noise_generator, noises, sample
-from mitune.schema import build
+from mitune.schema import Share, build
 from mitune.stages.base import knows
 from mitune.stages.judging import image_rows, scene
 
