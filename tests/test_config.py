@@ -33,7 +33,7 @@ def put(values, key, value):
 
 def test_the_projects_own_parameters_are_valid_and_typed():
     params = config.load()
-    assert params.finetune.learning_rate == 2e-4
+    assert params.finetune.learning_rate == 3e-4
     assert params.pool.n_prompts["train"] == 40
     assert params.estimators["path"].kappa is None
     with pytest.raises(AttributeError):

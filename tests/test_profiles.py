@@ -22,8 +22,8 @@ def merged(*names):
 @pytest.mark.parametrize(
     ("names", "counts"),
     [
-        (["full"], {"cfg_rounds": 6, "set_size": 5, "adapters": 6, "merging": 18, "selection": 12}),
-        (["full", "smoke"], {"cfg_rounds": 5, "set_size": 3, "adapters": 2, "merging": 16, "selection": 5}),
+        (["full"], {"cfg_rounds": 6, "set_size": 5, "adapters": 6, "merging": 18, "selection": 12, "caption_noise": 6}),
+        (["full", "smoke"], {"cfg_rounds": 5, "set_size": 3, "adapters": 2, "merging": 16, "selection": 5, "caption_noise": 4}),
     ],
 )
 def test_every_recipe_of_the_widened_studies_is_valid(names, counts):
