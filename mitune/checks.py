@@ -83,8 +83,8 @@ def _check_studies(given: Mapping[str, Any]) -> None:
             where = f"studies.{study}.{key}"
             if not re.fullmatch(r"\w+", key):
                 raise ValueError(f"{where}: a key names a stage and a folder; it takes letters, digits and _")
-            if given.keys() >= {"finetune", "evaluate"}:
-                recipe = complete(study, studies.common, given["finetune"], given["evaluate"].guidance_scales, cell, where)
+            if "finetune" in given:
+                recipe = complete(study, studies.common, given["finetune"], cell, where)
                 _check_recipe(recipe, where, given.get("estimators"))
                 if isinstance(recipe, Merge):
                     _check_merge(recipe, set(cell), where, given)

@@ -62,18 +62,18 @@ class Common:
     val_prompts: Size
     test_images: Count
     reference_images: Several
+    guidance_scales: tuple[Scale, ...]
     steps: Count
 
 
 @dataclass(frozen=True)
 class Recipe(Common, Tuning):
-    """A cell of a study: its own entries, for the rest those of `studies.common`, `finetune` and, of guidance scales, `evaluate`.
+    """A cell of a study: its own entries, for the rest those of `studies.common` and `finetune`.
 
     `pool_adapter` is a recipe too: by it the model is fine-tuned that makes the pool, in place of the base. `unet` is a folder
     with a denoiser in place of the base's; with `examine_pool` every estimator scores every candidate.
     """
 
-    guidance_scales: tuple[Scale, ...]
     pool_adapter: Recipe | None = None
     unet: str | None = None
     examine_pool: bool = False
@@ -120,28 +120,27 @@ class Studies:
 
 
 def recipes(params: Any, study: str) -> dict[str, Recipe]:
-    """The cells of a study by key, in the order of params.yaml, of `params` that have `studies`, `finetune` and `evaluate`.
+    """The cells of a study by key, in the order of params.yaml, of `params` that have `studies` and `finetune`.
 
     Raises ValueError naming the entry (`studies.set_size.M30_k1.k`).
     """
     studies, where = params.studies, f"studies.{study}"
-    cells, guidance_scales = (getattr(studies, study) or {}).items(), params.evaluate.guidance_scales
-    return {key: complete(study, studies.common, params.finetune, guidance_scales, cell, f"{where}.{key}") for key, cell in cells}
+    return {key: complete(study, studies.common, params.finetune, cell, f"{where}.{key}") for key, cell in (getattr(studies, study) or {}).items()}
 
 
-def complete(study: str, common: Common, finetune: Finetune, guidance_scales: tuple[float, ...], cell: Any, where: str) -> Recipe:
+def complete(study: str, common: Common, finetune: Finetune, cell: Any, where: str) -> Recipe:
     """What a cell, at the key `where`, says: its own entries and those of the default recipe. Raises ValueError naming the entry."""
     kind = KINDS.get(study, Recipe)
-    default = _default(kind, common, finetune, guidance_scales)
+    default = _default(kind, common, finetune)
     if isinstance(cell, Mapping) and cell.get("arm"):  # trained by stage `finetune`
         default |= {"steps": finetune.steps, "seeds": (finetune.seed,)}
     return _recipe(kind, default, cell, where)
 
 
-def _default(kind: type[Recipe], common: Common, finetune: Finetune, guidance_scales: tuple[float, ...]) -> dict[str, Any]:
+def _default(kind: type[Recipe], common: Common, finetune: Finetune) -> dict[str, Any]:
     """The entries of the default recipe."""
     names = [field.name for field in fields(kind)]
-    given = vars(finetune) | vars(common) | {"guidance_scales": guidance_scales}
+    given = vars(finetune) | vars(common)
     return {name: value for name, value in given.items() if name in names}
 
 

@@ -74,7 +74,7 @@ def test_merged_cells(params):
     keys = ["lambda_0", "lambda_100", "averaged", "ties", "joint"]
     tables = {key: stage.build(params, key) for key in keys}
     recipe = recipes(params, "merging")["lambda_0"]
-    assert all(len(table) == 2 * recipe.test_prompts * recipe.test_images * len(params.evaluate.guidance_scales) for table in tables.values())
+    assert all(len(table) == 2 * recipe.test_prompts * recipe.test_images * len(recipe.guidance_scales) for table in tables.values())
     own = ["category", "guidance_scale", "prompt_id", "own_judge", "base_judge"]
     assert all(table[own].equals(tables["lambda_0"][own]) for table in tables.values())
     for key, category, other in (("lambda_0", "shape", "color"), ("lambda_100", "color", "shape")):

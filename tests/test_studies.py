@@ -156,7 +156,7 @@ def test_a_cell_of_two_seeds(params, tmp_path, monkeypatch):
     place = Results(params.model).cell("adapters", "dora")
     recipe = recipes(params, "adapters")["dora"]
     assert read_table(place / "images.parquet", "cell").equals(table[list(artifacts.SCHEMAS["cell"])])
-    assert len(table) == recipe.test_prompts * recipe.test_images * len(recipe.seeds) * len(params.evaluate.guidance_scales)
+    assert len(table) == recipe.test_prompts * recipe.test_images * len(recipe.seeds) * len(recipe.guidance_scales)
     assert (table.groupby(["guidance_scale", "prompt_id", "image"])["base_judge"].nunique() == 1).all()
     assert (table["similarity"] != table["base_similarity"]).any()
     costs = read_table(place / "costs.parquet", "costs")
