@@ -4,7 +4,7 @@
 PYTHON ?= python3
 run = PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python
 
-.PHONY: help env repro spine test smoke lab verify bench pretrain readme site
+.PHONY: help env repro spine test smoke lab verify weights bench pretrain readme site
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,9 @@ lab: .venv/stamp  ## open JupyterLab in notebooks/
 
 verify: .venv/stamp  ## compare the headline numbers in reports/ with the committed ones, within their intervals
 	@$(run) -m mitune.verify
+
+weights: .venv/stamp  ## download the weights of MODEL, an entry of `models` in params.yaml, into its folder
+	@$(run) -m mitune.weights $(MODEL)
 
 bench: .venv/stamp  ## measure the speed of set construction
 	@$(run) -m mitune.bench

@@ -19,7 +19,7 @@ from torch import nn
 
 from mitune import captions as grammar
 from mitune.geometry import IMAGE_SIZE
-from mitune.models import quiet
+from mitune.loading import quiet
 
 CONTACT_CLASSES = ("inside", "around", "touching", "overlapping", "apart")  # of an ordered pair of shapes
 

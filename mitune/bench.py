@@ -17,7 +17,7 @@ import torch
 
 from mitune import config
 from mitune.information import both_branches, orthogonal_terms
-from mitune.models import LatentDiffusion
+from mitune.pipelines import LatentDiffusion
 from mitune.prompts import Prompt
 from mitune.sampling import Sampler, noise_generator
 from mitune.shards import shards, workers

@@ -36,6 +36,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
 
 
 def _check_estimators(given: Mapping[str, Any]) -> None:
+    model = given.get("models", {}).get(given.get("model"))
     for name, estimator in given.get("estimators", {}).items():
         where = f"estimators.{name}"
         if (estimator.form == "path") == (estimator.kappa is not None):
@@ -44,6 +45,8 @@ def _check_estimators(given: Mapping[str, Any]) -> None:
             raise ValueError(f"{where}.latents is {estimator.latents!r}: the path is known only along the trajectory")
         if estimator.form == "standard" and estimator.latents != "renoised":
             raise ValueError(f"{where}.latents is {estimator.latents!r}: the standard form needs the noise of re-noised latents")
+        if estimator.form == "path" and model and model.variance == "none":
+            raise ValueError(f"{where}.form is path: no step has noise; remove the entry, or set models.{given['model']}.variance: small")
         if estimator.t_min >= 999:
             raise ValueError(f"{where}.t_min is {estimator.t_min}: no timestep lies above it; it must be below 999")
     if "set" in given and "estimators" in given:

@@ -18,15 +18,29 @@ from mitune.recipes import ARMS, Finetune, Studies
 from mitune.schema import Count, Index, Positive, Range, Rate, Scale, Several, Size, Steps, build
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model's networks are run (`models.load`)."""
+
+    text_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "math"] = "sdpa"
+    compile: bool = False
+    variance: Literal["large", "small", "none"] = "large"
+
+
 @dataclass(frozen=True)
-class Model:
-    """Where a model lives: a folder of the project, or a name on the hub; `unet` a folder with a denoiser in place of the pipeline's own."""
+class Model(Options):
+    """Where a model lives: a folder of the project, or a name on the hub; `unet` and `vae` in place of the pipeline's own. `hub` says where the
+    pipeline's folder comes from."""
 
     pipeline: str
     judge: str
     similarity: str
     prompts: str
     unet: str | None = None
+    vae: str | None = None
+    hub: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Renoise:
 
 @dataclass(frozen=True)
 class Estimator:
-    form: Literal["orthogonal", "standard", "path"]
+    form: Literal["orthogonal", "standard", "path", "inner_product"]
     latents: Literal["trajectory", "renoised"]
     t_min: Index
     kappa: Literal["paper", "authors"] | None = None

@@ -19,11 +19,16 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from mitune.models import Conditioning, LatentDiffusion
+from mitune.denoisers import Conditioning
+from mitune.pipelines import LatentDiffusion
 from mitune.recipes import Tuning
 
 TARGETS = {
     "unet": {"attention": ("to_k", "to_out.0", "to_q", "to_v"), "ff": ("ff.net.0.proj", "ff.net.2")},
+    "transformer": {
+        "attention": ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v"),
+        "ff": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    },
     "text_encoder": {"attention": ("k_proj", "out_proj", "q_proj", "v_proj"), "ff": ("fc1", "fc2")},
 }
 """Layers of a network's transformer blocks by the names that `target_modules` takes: the paper adapts "attention and fully connected layers"."""

@@ -20,8 +20,8 @@ from collections.abc import Callable
 
 import torch
 
+from mitune.denoisers import Conditioning, Flow, flow_signal_and_noise
 from mitune.information import Estimate, average, both, must_fit, of_copies, of_rows, orthogonal_terms, standard_terms, summed
-from mitune.models import Conditioning, Flow, flow_signal_and_noise
 
 
 def flow_weight(times: torch.Tensor) -> torch.Tensor:

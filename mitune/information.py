@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 
 from mitune import config
-from mitune.models import Conditioning, Denoiser, signal_and_noise
+from mitune.denoisers import Conditioning, Denoiser, signal_and_noise
 
-FORMS = ("orthogonal", "standard", "path")
+FORMS = ("orthogonal", "standard", "path", "inner_product")
 VARIANTS = ("paper", "authors")
 
 
@@ -80,6 +80,16 @@ def standard_terms(noise: torch.Tensor, eps_cond: torch.Tensor, eps_null: torch.
     return summed((eps_cond - eps_null) * (2 * noise - eps_cond - eps_null))
 
 
+def inner_product_terms(z_t: torch.Tensor, eps_cond: torch.Tensor, eps_null: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """(eps_c - z_t / (a + s)) . (eps_c - eps_u), (B,): v_c . (v_c - v_u) of RFMI (Wang et al. 2025, as their code has it), weighted like the others; signed.
+
+    x_t = z_t / (a + s) is the latent of a rectified flow, eps = x_t + (1 - t) v (see `mitune.denoisers`). The mean of eps_c - eps_u over prompts
+    given z_t is 0, so that over all prompts the mean is that of `orthogonal_terms`; of one prompt by itself it is not.
+    """
+    eps_cond, eps_null = eps_cond.float(), eps_null.float()
+    return summed((eps_cond - z_t.float() / (signal + sigma)) * (eps_cond - eps_null))
+
+
 def path_terms(z_t: torch.Tensor, z_prev: torch.Tensor, eps_cond: torch.Tensor, eps_null: torch.Tensor, kernel: Kernel) -> torch.Tensor:
     """log N(z_prev; mu_c, sigma^2) - log N(z_prev; mu_u, sigma^2), (B,) nats, mu the `kernel`'s mean under either prediction.
 
@@ -90,7 +100,7 @@ def path_terms(z_t: torch.Tensor, z_prev: torch.Tensor, eps_cond: torch.Tensor, 
         ValueError: a deterministic step.
     """
     if not kernel.sigma > 0:
-        raise ValueError("the path log-ratio needs a stochastic step, and this one has sigma = 0; sample with deterministic=False")
+        raise ValueError("the path log-ratio needs a stochastic step, and this one has sigma = 0; choose another variance")
     mean_cond, mean_null = kernel.mean(z_t.float(), eps_cond.float()), kernel.mean(z_t.float(), eps_null.float())
     return summed((mean_cond - mean_null) * (2 * z_prev.float() - mean_cond - mean_null)) / (2 * kernel.sigma**2)
 
@@ -110,7 +120,8 @@ def renoised_timesteps(total: int, count: int) -> torch.Tensor:
 @torch.inference_mode()
 def renoised_terms(
     denoiser: Denoiser, latents: torch.Tensor, conditioning: Conditioning, null: Conditioning, *,
-    timesteps: torch.Tensor, noise: torch.Tensor | Callable[[int], torch.Tensor], batch_size: int = 256, progress: Callable[[int], object] | None = None,
+    timesteps: torch.Tensor, noise: torch.Tensor | Callable[[int], torch.Tensor], inner_product: bool = False, batch_size: int = 256,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Terms of given images z_0 (N, C, H, W) at z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, without kappa.
 
@@ -120,17 +131,20 @@ def renoised_terms(
         null: of the empty prompt, length 1; or of N other prompts, against which each image's own is then held.
         timesteps: (R,), one for each noise; a timestep may occur several times.
         noise: (N, R, C, H, W), or a function from an image's number to its (R, C, H, W).
+        inner_product: measure this form too.
         batch_size: latents in one call of the denoiser, each of them in both branches.
         progress: called with the number of images done since its last call.
 
     Returns:
-        {"orthogonal": (N, R), "standard": (N, R)}, float32, on the CPU.
+        {"orthogonal": (N, R), "standard": (N, R)}, and "inner_product" if asked for, float32, on the CPU.
     """
 
     def terms(rows, z_0, t, n):
         signal, sigma = signal_and_noise(denoiser.alphas_cumprod, t, n)
-        eps_cond, eps_null = both_branches(denoiser, signal * z_0 + sigma * n, t, conditioning[rows], of_rows(null, rows))
-        return {"orthogonal": orthogonal_terms(eps_cond, eps_null), "standard": standard_terms(n, eps_cond, eps_null)}
+        z_t = signal * z_0 + sigma * n
+        eps_cond, eps_null = both_branches(denoiser, z_t, t, conditioning[rows], of_rows(null, rows))
+        found = {"orthogonal": orthogonal_terms(eps_cond, eps_null), "standard": standard_terms(n, eps_cond, eps_null)}
+        return found | {"inner_product": inner_product_terms(z_t, eps_cond, eps_null, signal, sigma)} if inner_product else found
 
     must_fit(latents, conditioning, null)
     return of_copies(terms, latents, timesteps, noise, denoiser.device, batch_size, progress)
@@ -181,7 +195,7 @@ def phrase_terms(
 def estimate(terms: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, *, form: str, t_min: int = 0, variant: str = "paper") -> Estimate:
     """Point-wise MI from stored terms (..., S) at `timesteps` (S,), counting only t > `t_min`.
 
-    orthogonal, standard: the mean over the kept timesteps of kappa_t term_t (Eq. 2; the authors' code takes t_min = 50).
+    orthogonal, standard, inner_product: the mean over the kept timesteps of kappa_t term_t (Eq. 2; the authors' code takes t_min = 50).
     path: the sum of the kept steps' increments; `variant` has no effect.
 
     Raises:
@@ -190,7 +204,8 @@ def estimate(terms: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; choose {', '.join(FORMS)}")
     if terms is None:
-        raise ValueError(f"there are no {form} terms: a deterministic sampler has none; sample with deterministic=False, terms=True")
+        why = "a deterministic sampler has none; choose another variance" if form == "path" else "they are kept for rectified flows alone"
+        raise ValueError(f"there are no {form} terms: {why}")
     timesteps = torch.as_tensor(timesteps)
     if terms.shape[-1] != len(timesteps):
         raise ValueError(f"terms of shape {tuple(terms.shape)} do not fit {len(timesteps)} timesteps; the last axis must be theirs")
@@ -206,7 +221,7 @@ def estimate(terms: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch
 def query(estimator: config.Estimator, terms: Mapping[str, torch.Tensor], alphas_cumprod: torch.Tensor) -> Estimate:
     """What an entry of `estimators` in params.yaml asks of stored terms: forms (..., S) at `timesteps` (S,), `renoised_` ones at `renoised_timesteps`."""
     prefix = "renoised_" if estimator.latents == "renoised" else ""
-    stored, timesteps = terms[prefix + estimator.form], terms[f"{prefix}timesteps"]
+    stored, timesteps = terms.get(prefix + estimator.form), terms[f"{prefix}timesteps"]
     return estimate(stored, timesteps, alphas_cumprod, form=estimator.form, t_min=estimator.t_min, variant=estimator.kappa or "paper")
 
 

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -38,7 +39,7 @@ def _fingerprint(part: Any) -> str:
         files = [part] if part.is_file() else sorted(file for file in part.rglob("*") if file.is_file())
         if not files:
             raise ValueError(f"{part} is missing or empty: an input must be there before its hash can be taken")
-        return json.dumps([(str(file.relative_to(part)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files])
+        return json.dumps([(str(file.relative_to(part)), _hashed(file, file.stat().st_size, file.stat().st_mtime_ns)) for file in files])
     if isinstance(part, torch.Tensor):
         raw = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"{part.dtype}{tuple(part.shape)}{hashlib.sha256(raw).hexdigest()}"
@@ -49,6 +50,13 @@ def _fingerprint(part: Any) -> str:
     if isinstance(part, (list, tuple, range)):
         return json.dumps([_fingerprint(value) for value in part])
     return json.dumps(part)
+
+
+@functools.cache
+def _hashed(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file of this size and time; a model's weights are read once."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _code() -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mitune.finetuning import merged_weight
-from mitune.models import LatentDiffusion
+from mitune.pipelines import LatentDiffusion
 
 Deltas = dict[str, torch.Tensor]
 """What is added to the weights (out, in) of layers, each by its network and place ("unet.down_blocks...to_q")."""

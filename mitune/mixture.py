@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mitune.models import Conditioning, flow_signal_and_noise, signal_and_noise
+from mitune.denoisers import Conditioning, flow_signal_and_noise, signal_and_noise
 
 
 def stable_diffusion_schedule(num_train_timesteps: int = 1000) -> torch.Tensor:

@@ -26,9 +26,10 @@ from mitune.config import load as load_params
 from mitune.corpus import CaptionNoise, clean_scenes, misquoted, web_latents, write_prompts
 from mitune.information import query, renoised_terms, renoised_timesteps
 from mitune.memo import digest
-from mitune.models import LatentDiffusion, load
+from mitune.models import load
 from mitune.networks import build_scheduler, build_tokenizer, build_unet, build_vae
 from mitune.parts import encode_texts, reconstruct, train_judge, train_similarity, train_text_encoder, train_unet, train_vae, whiten
+from mitune.pipelines import LatentDiffusion
 from mitune.sampling import noise_generator, noises, sample
 from mitune.schema import Share, build
 from mitune.stages.base import knows

@@ -2,10 +2,11 @@
 
 Every step is z_prev = scale z_t - gain eps + sigma n, with alpha = abar_t / abar_prev and beta = 1 - alpha of the respaced chain:
 
-| | scale | gain | sigma |
+| `variance` | scale | gain | sigma |
 |---|---|---|---|
-| DDPM ancestral, sigma^2 = beta (Ho et al. 2020, Eq. 11) | 1 / sqrt(alpha) | beta / sqrt(alpha (1 - abar_t)) | sqrt(beta) |
-| DDIM, eta = 0 (Song et al. 2021, Eq. 12) | 1 / sqrt(alpha) | sqrt((1 - abar_t) / alpha) - sqrt(1 - abar_prev) | 0 |
+| large: DDPM ancestral, sigma^2 = beta (Ho et al. 2020, Eq. 11) | 1 / sqrt(alpha) | beta / sqrt(alpha (1 - abar_t)) | sqrt(beta) |
+| small: the same, sigma^2 that of the posterior (Eq. 7) | as above | as above | sqrt(beta (1 - abar_prev) / (1 - abar_t)) |
+| none: DDIM, eta = 0 (Song et al. 2021, Eq. 12); of a flow Euler's step | 1 / sqrt(alpha) | sqrt((1 - abar_t) / alpha) - sqrt(1 - abar_prev) | 0 |
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mitune.information import Kernel, both_branches, orthogonal_terms, path_terms
-from mitune.models import Conditioning, Denoiser
+from mitune.denoisers import Conditioning, Denoiser, signal_and_noise
+from mitune.information import Kernel, both_branches, inner_product_terms, orthogonal_terms, path_terms
+
+VARIANCES = ("large", "small", "none")
 
 
 def noise_generator(seed: int, prompt: str, image: int, stream: str = "sample") -> torch.Generator:
@@ -39,14 +42,16 @@ class Sampler:
     kernels: tuple[Kernel, ...]
 
     @classmethod
-    def of(cls, alphas_cumprod: torch.Tensor, num_inference_steps: int, *, deterministic: bool = False) -> Sampler:
+    def of(cls, alphas_cumprod: torch.Tensor, num_inference_steps: int, *, variance: str = "large") -> Sampler:
         """Leading spacing with offset 1 as in Stable Diffusion: t = 1, 1 + T // S, ...; from t = 1 to abar = 1. A step from t = 0 adds no noise.
 
         Where S does not divide T the chain starts that much below T (S = 400 of T = 1000 at t = 799), as diffusers' does.
 
         Raises:
-            ValueError: fewer than 1 or more than T steps.
+            ValueError: fewer than 1 or more than T steps, an unknown variance.
         """
+        if variance not in VARIANCES:
+            raise ValueError(f"unknown variance {variance!r}; choose {', '.join(VARIANCES)}")
         n = len(alphas_cumprod)
         if not 1 <= num_inference_steps <= n:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; it must lie in 1..{n}")
@@ -56,10 +61,12 @@ class Sampler:
         abar = alphas_cumprod.double()[timesteps]
         abar_prev = torch.cat([abar[1:], abar.new_ones(1)])
         alpha, beta = abar / abar_prev, 1 - abar / abar_prev
-        if deterministic:
+        if variance == "none":
             gain, sigma = ((1 - abar) / alpha).sqrt() - (1 - abar_prev).sqrt(), torch.zeros_like(abar)
         else:
             gain, sigma = beta / (alpha * (1 - abar)).sqrt(), beta.sqrt() * (timesteps > 0)
+            if variance == "small":
+                sigma = sigma * ((1 - abar_prev) / (1 - abar)).sqrt()
         return cls(timesteps, tuple(Kernel(*row) for row in torch.stack([alpha.rsqrt(), gain, sigma], -1).tolist()))
 
     def __len__(self) -> int:
@@ -82,7 +89,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Samples:
-    """Final latents (N, C, H, W) and, where asked for, the raw terms (N, S) at `timesteps` (S,); float32, on the CPU.
+    """Final latents (N, C, H, W) and, where asked for, the raw terms (N, S) at `timesteps` (S,), by form; float32, on the CPU.
 
     The last step's path increment is left out, as 0: its kernel leads to an image without noise, where the ratio means nothing.
     """
@@ -91,13 +98,14 @@ class Samples:
     timesteps: torch.Tensor
     orthogonal: torch.Tensor | None = None
     path: torch.Tensor | None = None
+    inner_product: torch.Tensor | None = None
 
 
 @torch.inference_mode()
 def sample(
     denoiser: Denoiser, conditioning: Conditioning, null: Conditioning, *,
-    guidance_scale: float, num_inference_steps: int, generators: Sequence[torch.Generator], terms: bool = False, deterministic: bool = False,
-    batch_size: int = 256, progress: Callable[[int], object] | None = None,
+    guidance_scale: float, num_inference_steps: int, generators: Sequence[torch.Generator], terms: bool = False, inner_product: bool = False,
+    variance: str = "large", batch_size: int = 256, progress: Callable[[int], object] | None = None,
 ) -> Samples:  # fmt: skip
     """N samples by eps = eps_u + w (eps_c - eps_u), w = `guidance_scale`; with `terms`, the MI terms of their trajectories.
 
@@ -106,31 +114,33 @@ def sample(
     Args:
         conditioning: of N prompts; `null` of one empty prompt.
         generators: one an image, on the CPU; each draws z_T, then the noise of all steps in their order.
-        deterministic: DDIM with eta = 0, which has no path terms.
+        inner_product: with `terms`, those of this form too.
+        variance: of the steps; a chain with none has no path terms.
         batch_size: images in one call of the denoiser (twice as many latents where both branches run).
         progress: called after each step with the number of images in it: N * num_inference_steps in all.
 
     Raises:
-        ValueError: counts that differ, an impossible guidance scale or number of steps.
+        ValueError: counts that differ, an impossible guidance scale, number of steps or variance.
     """
     if not (len(generators) == len(conditioning) > 0) or len(null) != 1:
         raise ValueError(f"{len(conditioning)} prompts, {len(generators)} generators, {len(null)} null prompts; give each prompt a generator, and one null")
     if not 0 <= guidance_scale < float("inf"):
         raise ValueError(f"guidance_scale is {guidance_scale}; it must be 0 or more (1 is none)")
-    sampler = Sampler.of(denoiser.alphas_cumprod, num_inference_steps, deterministic=deterministic)
+    sampler = Sampler.of(denoiser.alphas_cumprod, num_inference_steps, variance=variance)
     parts = [
         _sample(denoiser, sampler, conditioning[rows], null, guidance_scale, [generators[row] for row in rows], terms, progress)
         for rows in torch.arange(len(generators)).split(batch_size)
     ]
-    latents, orthogonal, path = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Samples(latents, sampler.timesteps, orthogonal if terms else None, path if terms and not deterministic else None)
+    latents, orthogonal, path, inner = (torch.cat(part) for part in zip(*parts, strict=True))
+    kept = {"orthogonal": orthogonal, "path": path if variance != "none" else None, "inner_product": inner if inner_product else None}
+    return Samples(latents, sampler.timesteps, **kept if terms else {})
 
 
-def _sample(denoiser, sampler, conditioning, null, guidance_scale, generators, terms, progress) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents (B, C, H, W) and both terms (B, S) of one batch; terms that were not asked for stay 0."""
+def _sample(denoiser, sampler, conditioning, null, guidance_scale, generators, terms, progress) -> tuple[torch.Tensor, ...]:
+    """Latents (B, C, H, W) and the terms (B, S) of one batch: orthogonal, path, inner product; terms that were not asked for stay 0."""
     z_t = torch.stack([torch.randn(denoiser.latent_shape, generator=generator) for generator in generators]).to(denoiser.device)
     noises = _step_noises(generators, sampler, denoiser.latent_shape)
-    orthogonal, path = torch.zeros(2, len(generators), len(sampler))
+    orthogonal, path, inner = torch.zeros(3, len(generators), len(sampler))
     for i, (timestep, kernel) in enumerate(zip(sampler.timesteps.tolist(), sampler.kernels, strict=True)):
         if guidance_scale == 1 and not terms:
             eps = denoiser.eps(z_t, timestep, conditioning)
@@ -142,12 +152,13 @@ def _sample(denoiser, sampler, conditioning, null, guidance_scale, generators, t
             z_prev = z_prev + kernel.sigma * noises[:, i].to(z_t)
         if terms:
             orthogonal[:, i] = orthogonal_terms(eps_cond, eps_null).cpu()
+            inner[:, i] = inner_product_terms(z_t, eps_cond, eps_null, *signal_and_noise(denoiser.alphas_cumprod, timestep, z_t)).cpu()
             if kernel.sigma > 0 and i < len(sampler) - 1:
                 path[:, i] = path_terms(z_t, z_prev, eps_cond, eps_null, kernel).cpu()
         z_t = z_prev
         if progress:
             progress(len(generators))
-    return z_t.cpu(), orthogonal, path
+    return z_t.cpu(), orthogonal, path, inner
 
 
 def _step_noises(generators: Sequence[torch.Generator], sampler: Sampler, shape: tuple[int, int, int]) -> torch.Tensor:

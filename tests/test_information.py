@@ -23,7 +23,8 @@ from mitune.information import (
     standard_terms,
 )
 from mitune.mixture import MixtureWorld, stable_diffusion_schedule
-from mitune.models import LatentDiffusion, load
+from mitune.models import load
+from mitune.pipelines import LatentDiffusion
 
 ABAR = stable_diffusion_schedule()
 

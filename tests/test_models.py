@@ -16,8 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from mitune.models import ADAPTER_FILE, Conditioning, LatentDiffusion, load
+from mitune.adapters import ADAPTER_FILE
+from mitune.denoisers import Conditioning
+from mitune.models import load
 from mitune.networks import build_unet
+from mitune.pipelines import LatentDiffusion
 
 PROMPTS = ["a red circle", "a blue square and a green star", "a red circle"]
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mitune import config, models, prompts
+from mitune import config, models, pipelines, prompts
 
 
 def path(entry: str) -> Path | str:
@@ -15,10 +15,12 @@ def path(entry: str) -> Path | str:
     return folder if folder.exists() else entry
 
 
-def weights(params) -> dict[str, Path | str | None]:
-    """What the base is read from, as `models.load` takes it: the pipeline, and the denoiser that takes the place of its own, if any."""
+def weights(params) -> dict[str, Path | str | bool | None]:
+    """What the base is read from and run by, as `models.load` takes it: the pipeline, the networks that take the place of its own, if any, their options."""
     entry = params.models[params.model]
-    return {"source": path(entry.pipeline), "unet": entry.unet and path(entry.unet)}
+    replaced = {name: getattr(entry, name) and path(getattr(entry, name)) for name in ("unet", "vae")}
+    options = {field.name: getattr(entry, field.name) for field in dataclasses.fields(config.Options)}
+    return {"source": path(entry.pipeline), **replaced, **options}
 
 
 def with_denoiser(params, unet: str | None):
@@ -29,9 +31,10 @@ def with_denoiser(params, unet: str | None):
     return config.Declared(vars(params) | {"models": {**params.models, params.model: entry}})
 
 
-def open_model(params, *, adapter: Path | Sequence[Path] | None = None) -> models.LatentDiffusion:
+def open_model(params, *, adapter: Path | Sequence[Path] | None = None) -> pipelines.LatentDiffusion:
     """The base, or with the adapters of these folders fused into it in turn."""
-    return models.load(**weights(params), device=params.device, dtype=params.dtype, adapter=adapter)
+    images = max((part.batch_size for part in vars(params).values() if isinstance(part, (config.Base, config.Sampled))), default=None)
+    return models.load(**weights(params), device=params.device, dtype=params.dtype, adapter=adapter, images=images)
 
 
 def read_prompts(params, category: str, split: str, n: int | None = None) -> list[prompts.Prompt]:

@@ -7,8 +7,8 @@ import shutil
 import pandas as pd
 import torch
 
+from mitune.adapters import ADAPTER_FILE
 from mitune.artifacts import Results, read_json, write_json, write_table, write_tensors
-from mitune.models import ADAPTER_FILE
 from mitune.recipes import recipes
 from mitune.stages import with_denoiser
 from mitune.stages.steps import evaluation, examined, features, reference, tuned

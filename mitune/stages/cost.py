@@ -23,11 +23,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mitune import config
+from mitune.adapters import ADAPTER_FILE
 from mitune.artifacts import Results, read_json, read_table, write_json, write_table
 from mitune.finetuning import finetune, read_captions
 from mitune.information import renoised_terms, renoised_timesteps
 from mitune.memo import shared
-from mitune.models import ADAPTER_FILE, LatentDiffusion, load
+from mitune.models import load
+from mitune.pipelines import LatentDiffusion
 from mitune.sampling import noise_generator, noises, sample
 from mitune.shards import progress, shards
 from mitune.stages import judging, open_model, read_prompts, weights

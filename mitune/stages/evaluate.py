@@ -48,7 +48,7 @@ def evaluator(model, judges, config, guidance_scale: float, seed: int):
         rows = [(item, image) for item in items for image in range(config.images)]
         samples = sample(
             model, model.encode([item.text for item in items])[torch.arange(len(items)).repeat_interleave(config.images)], model.null,
-            guidance_scale=guidance_scale, num_inference_steps=config.num_inference_steps, batch_size=config.batch_size,
+            guidance_scale=guidance_scale, num_inference_steps=config.num_inference_steps, variance=model.variance, batch_size=config.batch_size,
             generators=[noise_generator(seed, item.text, image) for item, image in rows],
         )  # fmt: skip
         images, texts = model.decode(samples.latents), [item.text for item, _ in rows]

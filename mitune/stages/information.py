@@ -18,7 +18,7 @@ from mitune.sampling import noise_generator, noises
 from mitune.shards import progress, shards
 from mitune.stages import open_model, path, read_prompts, weights
 from mitune.stages.judging import image_rows, judged, open_judges
-from mitune.stages.pool import sampler
+from mitune.stages.pool import TRAJECTORY, sampler
 
 FORMS = ("orthogonal", "standard")
 NOISES = ("antithetic", "second", "own")  # beside the common noise n of a prompt: -n, another common one, one of each candidate's own
@@ -74,7 +74,9 @@ def _candidates(model, judges, params, guidance_scale: float, steps: int):
                 found |= _named(kind, renoised_terms(model, latents, conditioning, model.null, noise=noise, **options))
         found |= judged(judges, model.decode(latents), [texts[row] for row in own.tolist()])
         shaped = {name: values.float().unflatten(0, (len(items), config.M)) for name, values in found.items()}
-        return shaped | {name: samples[name] for name in ("orthogonal", "path", "timesteps")} | {"renoised_timesteps": timesteps.expand(len(items), -1)}
+        return (
+            shaped | {name: samples[name] for name in ("timesteps", *TRAJECTORY) if name in samples} | {"renoised_timesteps": timesteps.expand(len(items), -1)}
+        )
 
     return compute
 

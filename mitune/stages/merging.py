@@ -11,9 +11,11 @@ import pandas as pd
 import torch
 
 from mitune import merging
+from mitune.adapters import ADAPTER_FILE
 from mitune.artifacts import Results, read_table, read_tensors, write_table, write_tensors
 from mitune.memo import shared
-from mitune.models import ADAPTER_FILE, DTYPES, LatentDiffusion, load
+from mitune.models import load
+from mitune.pipelines import DTYPES, LatentDiffusion
 from mitune.recipes import Merge, recipes
 from mitune.stages import finetune, weights, with_denoiser
 from mitune.stages.cell import SAME

@@ -10,9 +10,11 @@ from mitune.sampling import noise_generator, sample
 from mitune.shards import progress, shards
 from mitune.stages import open_model, read_prompts, weights
 
+TRAJECTORY = ("orthogonal", "path", "inner_product")  # forms of terms along it, those that the model and its sampler have
+
 
 def build(params, category: str) -> dict[str, tuple[int, ...]]:
-    """Write `pools/{category}/{split}.safetensors`: prompt_ids (n,), latents (n, M, C, H, W), orthogonal and path (n, M, S), timesteps (S,).
+    """Write `pools/{category}/{split}.safetensors`: prompt_ids (n,), latents (n, M, C, H, W), each form's terms (n, M, S), timesteps (S,).
 
     Returns the shape of each split's latents.
     """
@@ -41,9 +43,11 @@ def sampler(model, config, guidance_scale: float, seed: int, first: int = 0):
         conditioning = model.encode([item.text for item in items])[torch.arange(len(items)).repeat_interleave(config.M)]
         samples = sample(
             model, conditioning, model.null, guidance_scale=guidance_scale, num_inference_steps=config.num_inference_steps,
-            generators=[noise_generator(seed, item.text, image) for item, image in rows], terms=True, batch_size=config.batch_size,
+            generators=[noise_generator(seed, item.text, image) for item, image in rows], terms=True, inner_product=model.flow, variance=model.variance,
+            batch_size=config.batch_size,
         )  # fmt: skip
-        shaped = {name: getattr(samples, name).unflatten(0, (len(items), config.M)) for name in ("latents", "orthogonal", "path")}
+        found = {name: getattr(samples, name) for name in ("latents", *TRAJECTORY)}
+        shaped = {name: values.unflatten(0, (len(items), config.M)) for name, values in found.items() if values is not None}
         return shaped | {"prompt_ids": torch.tensor([item.prompt_id for item in items]), "timesteps": samples.timesteps.expand(len(items), -1)}
 
     return compute

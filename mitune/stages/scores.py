@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 
 from mitune.artifacts import Results, read_tensors, write_table, write_tensors
-from mitune.information import query, renoised_terms, renoised_timesteps
+from mitune.information import FORMS, query, renoised_terms, renoised_timesteps
 from mitune.memo import scratch
 from mitune.sampling import noises
 from mitune.shards import progress, shards
@@ -26,7 +26,7 @@ def build(params, category: str) -> pd.DataFrame:
         key = (params.renoise, params.seed, params.dtype, pool["latents"], *weights(params).values())
         with scratch(f"scores-{category}-{split}", *key) as folder, progress(len(items), f"scores {category} {split}", unit="prompt") as bar:
             terms = shards(folder, range(len(items)), params.pool.shard_prompts, compute, device=params.device, progress=bar)
-            renoised = {f"renoised_{name}": terms[name] for name in ("orthogonal", "standard")} | {"renoised_timesteps": timesteps}
+            renoised = {f"renoised_{name}": terms[name] for name in FORMS if name in terms} | {"renoised_timesteps": timesteps}
             write_tensors(renoised, results.terms(category, split))
         frames.append(_table(params, category, split, items, pool | renoised, terms, model.alphas_cumprod))
     table = pd.concat(frames, ignore_index=True)
@@ -43,8 +43,9 @@ def _scorer(model, judges, items, latents, timesteps, params):
         candidates = latents[list(rows)].flatten(0, 1)
         noise = noises([(text, 0) for text in texts], len(timesteps), model.latent_shape, seed=params.seed, stream="renoise")
         terms = renoised_terms(
-            model, candidates, model.encode(texts)[own], model.null, timesteps=timesteps, noise=noise[own], batch_size=params.pool.batch_size
-        )
+            model, candidates, model.encode(texts)[own], model.null,
+            timesteps=timesteps, noise=noise[own], inner_product=model.flow, batch_size=params.pool.batch_size,
+        )  # fmt: skip
         scores = judged(judges, model.decode(candidates), [texts[i] for i in own])
         return {name: values.float().unflatten(0, (len(rows), m)) for name, values in (terms | scores).items()}
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from mitune.adapters import ADAPTER_FILE
 from mitune.artifacts import read_json, read_table, read_tensors, write_json, write_table, write_tensors
 from mitune.finetuning import finetune, read_captions, trained_parameters
 from mitune.information import estimate, renoised_terms, renoised_timesteps
 from mitune.memo import shared
-from mitune.models import ADAPTER_FILE, LatentDiffusion
+from mitune.pipelines import LatentDiffusion
 from mitune.prompts import Prompt
 from mitune.recipes import Recipe
 from mitune.sampling import noise_generator, noises
@@ -271,7 +272,8 @@ def _score_block(params, recipe: Recipe, items: list[Prompt], block: Path, *on: 
                 terms = _renoised(params, model, items, latents, timesteps, estimator, folder / "work")
                 timesteps = timesteps[timesteps > estimator.t_min]
             options = {"form": estimator.form, "t_min": estimator.t_min, "variant": estimator.kappa or "paper"}
-            score = estimate(terms.flatten(0, 1), timesteps, model.alphas_cumprod, **options).value.unflatten(0, latents.shape[:2])
+            flat = None if terms is None else terms.flatten(0, 1)
+            score = estimate(flat, timesteps, model.alphas_cumprod, **options).value.unflatten(0, latents.shape[:2])
         write_tensors({"score": score.float()}, folder / "block.safetensors")
 
     used = (params.renoise, params.pool.shard_prompts, params.pool.batch_size) if estimator and estimator.latents == "renoised" else ()
@@ -289,7 +291,7 @@ def _renoised(params, model, items, latents, timesteps, estimator, work: Path) -
         noise = noises([(text, 0) for text in texts], len(timesteps), model.latent_shape, seed=params.seed, stream="renoise")
         terms = renoised_terms(
             model, latents[list(rows)].flatten(0, 1), model.encode(texts)[own], model.null, timesteps=timesteps[counted], noise=noise[:, counted][own],
-            batch_size=params.pool.batch_size,
+            inner_product=estimator.form == "inner_product", batch_size=params.pool.batch_size,
         )[estimator.form]  # fmt: skip
         return {"terms": terms.unflatten(0, (len(rows), m))}
 

@@ -1,0 +1,109 @@
+"""Where a model's files come from, and whether they are whole: one clear line, with the remedy, for all that can be wrong with them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+WANTED = ("*.json", "*.txt", "*.model", "*/model*.safetensors", "*diffusion_pytorch_model*.safetensors")  # of a repository: configurations, tokenizers, weights
+UNWANTED = ("*fp16*", "*non_ema*", "*flax*", "*onnx*", "*openvino*", "safety_checker/*", "vae_1_0/*")
+
+
+def located(source: str | Path, *, folder: Path | None = None) -> Path:
+    """The folder `source`, or that of the hub's "owner/name" or "owner/name@revision", downloaded if it is not on this machine (into `folder` if one is given).
+
+    Raises:
+        ValueError: no such folder, no such model or revision, a gated model without a token, no network.
+    """
+    name, _, revision = str(source).partition("@")
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"there is no model in {str(source)!r}; name a diffusers pipeline folder or a hub model 'owner/name'")
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        with quiet():
+            return Path(snapshot_download(name, revision=revision or None, local_dir=folder, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    except errors.GatedRepoError as error:
+        remedy = f"accept its licence at https://huggingface.co/{name}, then `hf auth login` or set HF_TOKEN"
+        raise ValueError(f"the model {name!r} is gated and this machine has no token that may read it: {remedy}") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise ValueError(f"the hub has no model {str(source)!r} that this machine may read; check its name and revision, or set HF_TOKEN") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
+        remedy = "download it where there is a network (`hf download`), and name the folder: with HF_HUB_OFFLINE=1 nothing else is asked"
+        raise ValueError(f"the model {str(source)!r} is not on this machine, and the hub cannot be reached: {remedy}") from error
+
+
+def check_pipeline(folder: Path) -> tuple[str, list[str]]:
+    """The class of the pipeline in a folder, and its parts, by its `model_index.json`.
+
+    Raises:
+        ValueError: no index, or a part that is missing, or whose weights are missing, cut off or a pickle.
+    """
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot load a diffusers pipeline from {str(folder)!r}: its model_index.json is {describe(error)}; download it again") from error
+    parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
+    for part in parts:
+        if part == "safety_checker":
+            continue
+        if not (folder / part).is_dir():
+            raise ValueError(f"cannot load a diffusers pipeline from {str(folder)!r}: its folder {part!r} is missing; download it again")
+        if (folder / part / "config.json").is_file():
+            check_weights(folder / part)
+    return index.get("_class_name", ""), parts
+
+
+def check_weights(folder: Path) -> None:
+    """Raises ValueError unless the folder of one network has its weights, whole and as safetensors."""
+    files, pickles = sorted(folder.glob("*.safetensors")), sorted([*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")])
+    if not files and pickles:
+        raise ValueError(f"{str(pickles[0])!r} is a pickle, which can run any code, and no safetensors file is beside it; take a revision that has one")
+    if not files:
+        raise ValueError(f"there are no weights in {str(folder)!r}: no safetensors file; download it again")
+    for index in folder.glob("*.safetensors.index.json"):
+        for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            if not (folder / name).is_file():
+                raise ValueError(f"{str(folder / name)!r} is missing, of which {index.name} says that it is there; download it again")
+    for file in files:
+        check_file(file)
+
+
+def check_file(file: Path) -> None:
+    """Raises ValueError unless a safetensors file is whole: its header, and as many bytes as this says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(file)!r} is not a whole safetensors file ({describe(error)}); delete it and download it again") from error
+
+
+def describe(error: Exception) -> str:
+    """An error in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def quiet(*, warnings: bool = False) -> Iterator[None]:
+    """The libraries' loading bars off, which would end up in saved notebooks, and unless `warnings` transformers' about torchvision on importing."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown, verbosity = [module for module in (of_diffusers, of_transformers) if module.is_progress_bar_enabled()], of_transformers.get_verbosity()
+    for module in shown:
+        module.disable_progress_bar()
+    if not warnings:
+        of_transformers.set_verbosity_error()
+    try:
+        yield
+    finally:
+        of_transformers.set_verbosity(verbosity)
+        for module in shown:
+            module.enable_progress_bar()

@@ -1,0 +1,46 @@
+"""A model's weights from the hub into the folder that `models` in params.yaml names (`make weights MODEL=sd21-base`), the one step that asks the network.
+
+An interrupted download goes on where it stopped, and nothing half-loaded is taken for a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from mitune import config
+from mitune.loading import check_pipeline, located
+
+
+def fetch(params: config.Params, name: str) -> Path:
+    """The folder of the model's pipeline, downloaded if it is not there. Raises ValueError for a model without a `hub`, and as `located` does."""
+    if name not in params.models:
+        raise ValueError(f"there is no model {name!r} in params.yaml: `models` has {', '.join(params.models)}; a new one is one line there")
+    entry = params.models[name]
+    folder = config.root() / entry.pipeline
+    if folder.is_dir():
+        check_pipeline(folder)
+        return folder
+    if entry.hub is None:
+        raise ValueError(f"models.{name}.pipeline: there is no folder {entry.pipeline!r}, and no models.{name}.hub to take it from")
+    part = folder.with_name(f"{folder.name}.part")
+    located(entry.hub, folder=part)
+    check_pipeline(part)
+    shutil.rmtree(part / ".cache", ignore_errors=True)
+    part.rename(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", help="an entry of `models` (default: that of `model`)")
+    params = config.load()
+    try:
+        print(fetch(params, parser.parse_args().model or params.model))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
