@@ -22,7 +22,7 @@ def check(given: Mapping[str, Any]) -> None:
 
 def _check_names(given: Mapping[str, Any]) -> None:
     if "model" in given and given["model"] not in given.get("models", {given["model"]: None}):
-        raise ValueError(f"model is {given['model']!r}: `models` has {', '.join(given['models'])}")
+        raise ValueError(f"model is {given['model']!r}: `models` has {', '.join(given['models'])}; a new one is a line there, with a folder or a hub name")
     if "model" in given and "reports" in given:
         wanted = "reports" if given["model"] == "shapes" else f"reports/{given['model']}"
         if given["reports"] != wanted:

@@ -101,7 +101,7 @@ def test_path_along_a_guided_step_is_the_weighted_orthogonal_term_and_a_noise_of
 
 
 def test_path_refuses_a_deterministic_step():
-    with pytest.raises(ValueError, match=r"sigma = 0; sample with deterministic=False"):
+    with pytest.raises(ValueError, match=r"sigma = 0; choose another variance"):
         path_terms(*normal(4, 1, 1, 2, 2), Kernel(1.0, 0.1, 0.0))
 
 

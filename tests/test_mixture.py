@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.testing import assert_close
 
+from mitune.denoisers import eps_of, flow_schedule, signal_and_noise, target_of, to_flow
 from mitune.flow import flow_estimate, flow_terms, flow_times, guided_inner_product
 from mitune.information import estimate, renoised_terms, renoised_timesteps
 from mitune.mixture import MixtureWorld, stable_diffusion_schedule
@@ -161,6 +162,59 @@ def test_the_inner_product_of_one_prompt_by_itself_is_not_its_divergence(world, 
 def _divergence(world: MixtureWorld, z: torch.Tensor, prompt: int, time: float) -> float:
     z_t = (1 - time) * z + time * torch.randn(z.shape, generator=seeded(7))
     return float(world.log_ratio(z_t, [prompt] * len(z), time=time).double().mean())
+
+
+@pytest.fixture(scope="module")
+def as_diffusion(world) -> MixtureWorld:
+    """The same mixture on the timesteps of a rectified flow with shift 3."""
+    return MixtureWorld(world.means, world.std, world.caption_error, flow_schedule(3.0))
+
+
+@pytest.fixture(scope="module")
+def as_diffusion_exact(as_diffusion) -> dict[int, float]:
+    """MI of z_t, by timestep; of z_0 by -1."""
+    at = {-1: None, 0: 0, 100: 100, T - 1: T - 1}
+    return {t: as_diffusion.information(n=100_000, generator=seeded(), timestep=timestep)[0] for t, timestep in at.items()}
+
+
+@pytest.mark.parametrize("timestep", [3, 300, 998])
+def test_a_flow_as_a_diffusion_is_the_same_mixture(as_diffusion, timestep):
+    """Its velocity, in its own times, says the same eps; and the noise - z_0 that it learns says the noise."""
+    z, noise, said = torch.randn((5, 4, 2, 2), generator=seeded(1)), torch.randn((5, 4, 2, 2), generator=seeded(2)), as_diffusion.encode([1] * 5)
+    signal, sigma = signal_and_noise(as_diffusion.alphas_cumprod, timestep, z)
+    x_t, t = to_flow(z, signal, sigma)
+    v = as_diffusion.velocity(x_t, t.flatten().expand(5), said)
+    assert_close(eps_of("flow", v, z, signal, sigma), as_diffusion.eps(z, timestep, said), rtol=1e-3, atol=1e-4)
+    assert_close(eps_of("flow", target_of("flow", z, noise, signal, sigma), signal * z + sigma * noise, signal, sigma), noise, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["orthogonal", "standard", "inner_product"])
+def test_the_estimators_meet_the_exact_information_of_a_flow_as_a_diffusion(as_diffusion, as_diffusion_exact, form):
+    n, timesteps = 9000, renoised_timesteps(T, 100)
+    prompts = [i % 3 for i in range(n)]
+    z, noise = as_diffusion.draw(prompts, seeded(2)), torch.randn((n, 100, *as_diffusion.latent_shape), generator=seeded(3))
+    prompted = (as_diffusion.encode(prompts), as_diffusion.null)
+    terms = renoised_terms(as_diffusion, z, *prompted, timesteps=timesteps, noise=noise, inner_product=True, batch_size=50_000)[form]
+    value = estimate(terms, timesteps, as_diffusion.alphas_cumprod, form=form).value
+    exact = as_diffusion_exact[-1] - as_diffusion_exact[T - 1]
+    if form == "standard":  # less the exact ratio of the image, whose mean is the MI of z_0
+        value = value - as_diffusion.log_ratio(z, prompts).double() + as_diffusion_exact[-1]
+    assert float(value.std()) / n**0.5 < 0.01 * exact
+    assert float(value.mean()) == pytest.approx(exact, rel=0.03)
+
+
+def test_trajectories_of_a_flow_meet_the_exact_information(as_diffusion, as_diffusion_exact):
+    """The path form along an SDE with the flow's marginals, the others along the same; by the variance of the posterior."""
+    n, prompts = 6000, [i % 3 for i in range(6000)]
+    options = {"guidance_scale": 1, "num_inference_steps": 250, "terms": True, "inner_product": True, "batch_size": n, "variance": "small"}
+    samples = sample(as_diffusion, as_diffusion.encode(prompts), as_diffusion.null, generators=[seeded(i) for i in range(n)], **options)
+    exact = as_diffusion_exact[-1] - as_diffusion_exact[T - 1]
+    for form in ("orthogonal", "inner_product"):
+        value = estimate(getattr(samples, form), samples.timesteps, as_diffusion.alphas_cumprod, form=form).value
+        assert float(value.mean()) == pytest.approx(exact, rel=0.05)
+    path = estimate(samples.path, samples.timesteps, as_diffusion.alphas_cumprod, form="path").value
+    assert torch.corrcoef(torch.stack([path, as_diffusion.log_ratio(samples.latents, prompts).double()]))[0, 1] > 0.97
+    assert float(path.mean()) == pytest.approx(exact, rel=0.08)
 
 
 def trajectories(world, n: int, steps: int):

@@ -90,7 +90,7 @@ def test_ancestral_sampling_is_diffusers_ddpm(model, steps, guidance_scale):
 def test_deterministic_sampling_is_diffusers_ddim(model, steps, guidance_scale):
     scheduler = DDIMScheduler(**SD, prediction_type="v_prediction", set_alpha_to_one=True)
     expected = by_scheduler(model, scheduler, guidance_scale=guidance_scale, num_inference_steps=steps, noise=False)
-    samples = draw(model, num_inference_steps=steps, guidance_scale=guidance_scale, deterministic=True)
+    samples = draw(model, num_inference_steps=steps, guidance_scale=guidance_scale, variance="none")
     assert_close(samples.latents, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -103,7 +103,7 @@ def test_every_kernel_is_the_schedulers_step(steps):
     scheduler.set_timesteps(steps)
     assert sampler.timesteps.tolist() == scheduler.timesteps.tolist()
     z, eps, noise = torch.randn((3, 1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
-    deterministic, ddim = Sampler.of(abar, steps, deterministic=True), DDIMScheduler(**{**SD, "steps_offset": int(steps < 1000)})
+    deterministic, ddim = Sampler.of(abar, steps, variance="none"), DDIMScheduler(**{**SD, "steps_offset": int(steps < 1000)})
     ddim.set_timesteps(steps)
     for i in {0, steps // 2, steps - 1}:
         t, kernel = int(sampler.timesteps[i]), sampler.kernels[i]
@@ -111,6 +111,21 @@ def test_every_kernel_is_the_schedulers_step(steps):
         if (steps, t) != (999, 1):  # whose last step leads diffusers' DDIM to t = 0, but its DDPM to the image
             assert_close(deterministic.kernels[i].mean(z, eps), ddim.step(eps, t, z).prev_sample, rtol=1e-3, atol=1e-3)
         assert deterministic.kernels[i].sigma == 0
+
+
+@pytest.mark.parametrize("steps", [2, 25, 50])
+def test_a_small_variance_is_ddpms_fixed_small(steps):
+    sampler, scheduler = Sampler.of(stable_diffusion_schedule(), steps, variance="small"), DDPMScheduler(**SD, variance_type="fixed_small")
+    scheduler.set_timesteps(steps)
+    z, eps, noise = torch.randn((3, 1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
+    for t, kernel in zip(sampler.timesteps.tolist(), sampler.kernels, strict=True):
+        assert_close(kernel.mean(z, eps) + kernel.sigma * noise, _ddpm_step(scheduler, eps, t, z, noise), rtol=1e-3, atol=1e-3)
+    assert sampler.kernels[-1].sigma == 0
+
+
+def test_unknown_variances_are_refused():
+    with pytest.raises(ValueError, match="unknown variance 'fixed'; choose large, small, none"):
+        Sampler.of(stable_diffusion_schedule(), 5, variance="fixed")
 
 
 def test_terms_are_those_of_the_trajectory(world):
@@ -155,7 +170,7 @@ def test_the_unconditional_branch_runs_only_where_it_is_needed(world, guidance_s
 
 
 def test_a_deterministic_sampler_has_no_path(world):
-    samples = sample(world, world.encode([0]), world.null, guidance_scale=1.0, num_inference_steps=4, generators=generators(1), terms=True, deterministic=True)
+    samples = sample(world, world.encode([0]), world.null, guidance_scale=1.0, num_inference_steps=4, generators=generators(1), terms=True, variance="none")
     assert samples.path is None
     assert samples.orthogonal.shape == (1, 4)
     with pytest.raises(ValueError, match="no path terms: a deterministic sampler"):
@@ -175,7 +190,7 @@ def test_a_path_is_its_drift_and_the_noise_of_its_steps(world, w):
     assert_close(samples.path[:, 0] - drift[:, 0].float(), noise, rtol=1e-3, atol=1e-4)
     assert (drift[:, -1] == 0).all()
     with pytest.raises(ValueError, match="no path"):
-        Sampler.of(world.alphas_cumprod, 5, deterministic=True).path_drift(samples.orthogonal, w)
+        Sampler.of(world.alphas_cumprod, 5, variance="none").path_drift(samples.orthogonal, w)
 
 
 def test_samples_follow_the_worlds_law(world):
