@@ -8,19 +8,29 @@ import torch
 
 from mitune import captions, config, reading
 from mitune.artifacts import Results, read_table, read_tensors
+from mitune.information import kappa
 from mitune.sampling import Sampler
-from mitune.stages import evaluate, information, pool, read_prompts, scores, sets
+from mitune.stages import evaluate, finetune, information, open_model, pool, read_prompts, scores, sets
 
 
 @pytest.fixture
-def params(tiny_pipeline, tmp_path, monkeypatch):
-    """Toy parameters in a project folder of their own, with the shipped prompts and judges."""
+def toy(tmp_path, monkeypatch):
+    """Toy parameters in a project folder of their own, with the shipped prompts and judges, of another pipeline and with other entries."""
     root = config.root()
     values = config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
     shipped = {name: str(root / entry) for name, entry in values["models"]["shapes"].items()}
-    values["models"]["shapes"] = shipped | {"pipeline": str(tiny_pipeline)}
     monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
-    return config.read(values)
+
+    def of(pipeline, overlay=None, **options):
+        values["models"]["shapes"] = shipped | {"pipeline": str(pipeline)} | options
+        return config.read(config.merge(values, overlay or {}))
+
+    return of
+
+
+@pytest.fixture
+def params(toy, tiny_pipeline):
+    return toy(tiny_pipeline)
 
 
 def test_a_killed_pool_resumes_to_the_same_bytes(params, monkeypatch):
@@ -127,3 +137,35 @@ def test_an_evaluation_takes_all_prompts_where_there_are_fewer_than_asked_for(pa
     few = dataclasses.replace(params.evaluate, n_prompts=48, images=1, num_inference_steps=2, guidance_scales=(1.0,), shard_prompts=24)
     table = evaluate.build(config.Declared(vars(params) | {"evaluate": few, "arms": ()}), "non_spatial")
     assert len(table) == 47  # of non_spatial_test.txt
+
+
+RFMI = {"form": "inner_product", "latents": "trajectory", "t_min": 50, "kappa": "paper"}
+
+
+@pytest.mark.parametrize(
+    ("fixture", "variance", "overlay", "forms"),
+    [
+        ("tiny_xl", "small", {}, {"orthogonal", "path"}),
+        ("tiny_sd3", "small", {"estimators": {"rfmi": RFMI}, "set": {"best": "rfmi"}}, {"orthogonal", "path", "inner_product"}),
+        ("tiny_sd3", "none", {"estimators": {"rfmi": RFMI, "path": None}}, {"orthogonal", "inner_product"}),
+    ],
+    ids=["xl", "flow", "euler"],
+)
+def test_the_same_stages_take_every_model(request, toy, fixture, variance, overlay, forms):
+    """From the pool to the evaluation of an adapter; the table's numbers are those of the stored terms."""
+    cut = {"arms": ["mi_best"], "cost": {"arm": "mi_best"}, "finetune": {"steps": 2, "checkpoint_every": 2}}
+    params = toy(request.getfixturevalue(fixture), config.merge(overlay, cut), variance=variance)
+    pool.build(params, "color")
+    stored = read_tensors(Results(params.model).pool("color", "train"))
+    assert stored.keys() - {"prompt_ids", "latents", "timesteps"} == forms
+    table = scores.build(params, "color")
+    estimates = table[list(params.estimators)]
+    assert estimates.notna().all(axis=None) and (estimates.nunique() > 1).all()
+    if "rfmi" in params.estimators:
+        kept = stored["timesteps"] > 50
+        weighed = stored["inner_product"][..., kept] * kappa(open_model(params).alphas_cumprod, stored["timesteps"][kept])
+        torch.testing.assert_close(torch.tensor(table.loc[table["split"] == "train", "rfmi"].to_numpy()), weighed.mean(-1).flatten(), rtol=1e-4, atol=1e-6)
+    sets.build(params, "color")
+    curve = finetune.build(params, "color", "mi_best")
+    assert curve["loss"].notna().all()
+    assert set(evaluate.build(params, "color")["arm"]) == {"base", "mi_best"}
