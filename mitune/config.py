@@ -244,6 +244,13 @@ def load(path: Path | None = None) -> Params:
     return params
 
 
+def check_downloaded(params: Params | Declared) -> None:
+    """Raises ValueError if the model has a `hub`, and no folder yet."""
+    entry = params.models[params.model]
+    if entry.hub and not (root() / entry.pipeline).is_dir():
+        raise ValueError(f"there is no folder {entry.pipeline!r}: `make weights MODEL={params.model}` takes it from {entry.hub}")
+
+
 def read(parameters: Mapping[str, Any] | None = None) -> Params | Declared:
     """What a notebook may use: all of `params.yaml` for None, else only the top-level keys of `parameters`."""
     if parameters is None:

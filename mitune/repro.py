@@ -76,6 +76,7 @@ def repro(arguments: list[str], *, of_spine: bool = False) -> int:
     if of_spine:
         stages = spine(stages)
         arguments = [*arguments, *(stage for stage in stages if stage[0].isdigit())]  # its articles, and with them what they need
+    config.check_downloaded(params)
     this_run, running = provenance.start(root, params.reports, params.device), None
     process = subprocess.Popen(command("repro", *arguments), cwd=root, env=env, stdout=subprocess.PIPE, text=True)
     try:

