@@ -148,3 +148,12 @@ def test_the_root_is_found_upwards(tmp_path, monkeypatch):
     assert config.root() == tmp_path
     monkeypatch.setenv("MITUNE_ROOT", "/elsewhere")
     assert str(config.root()) == "/elsewhere"
+
+
+def test_every_output_of_every_stage_lies_under_its_models_name():
+    """Another model's reports are in reports/<model>, and no stage writes anywhere else."""
+    for name, stage in config.read_yaml(config.root() / "dvc.yaml")["stages"].items():
+        stage = stage.get("do", stage)
+        outputs = [out if isinstance(out, str) else next(iter(out)) for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
+        assert outputs, name
+        assert all(out.startswith(("results/${model}/", "${reports}/")) for out in outputs), name
