@@ -153,7 +153,8 @@ RFMI = {"form": "inner_product", "latents": "trajectory", "t_min": 50, "kappa": 
 )
 def test_the_same_stages_take_every_model(request, toy, fixture, variance, overlay, forms):
     """From the pool to the evaluation of an adapter; the table's numbers are those of the stored terms."""
-    cut = {"arms": ["mi_best"], "cost": {"arm": "mi_best"}, "finetune": {"steps": 2, "checkpoint_every": 2}}
+    cut = {"arms": ["mi_best"], "cost": {"arm": "mi_best"}, "finetune": {"steps": 2, "checkpoint_every": 2}, "renoise": {"timesteps": 3}}
+    cut["evaluate"] = {"n_prompts": 2, "images": 1, "comp_prompts": 0, "guidance_scales": [1.0]}
     params = toy(request.getfixturevalue(fixture), config.merge(overlay, cut), variance=variance)
     pool.build(params, "color")
     stored = read_tensors(Results(params.model).pool("color", "train"))
