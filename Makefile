@@ -4,7 +4,7 @@
 PYTHON ?= python3
 run = PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python
 
-.PHONY: help env repro spine test smoke lab verify weights bench pretrain readme site
+.PHONY: help env repro spine plan test smoke lab verify weights bench pretrain readme site
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -19,11 +19,14 @@ env: .venv/stamp  ## make the environment (.venv) from requirements.lock
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch .venv/stamp
 
-repro: .venv/stamp  ## run MI-TUNE end to end (dvc repro), with progress and time left; with PROFILE=full its studies widened, in profiles/full
-	@$(run) -m mitune.repro $(if $(PROFILE),--profile $(PROFILE))
+repro: .venv/stamp  ## run MI-TUNE end to end (dvc repro), with progress and time left; with PROFILE=full its studies widened, in profiles/full; PROCESSES=4 for 4 GPUs
+	@$(if $(PROCESSES),MITUNE_PROCESSES=$(PROCESSES)) $(run) -m mitune.repro $(if $(PROFILE),--profile $(PROFILE))
 
 spine: .venv/stamp  ## run the articles 00 to 03 and what they need, without the studies
 	@$(run) -m mitune.repro --spine
+
+plan: .venv/stamp  ## tell what a run takes before it starts: evaluations, training, disk, memory, hours on this device; with PROFILE=paper that profile's
+	@$(run) -m mitune.plan $(if $(PROFILE),--profile $(PROFILE)) $(if $(PROCESSES),--processes $(PROCESSES))
 
 test: .venv/stamp  ## run the tests, the whole pipeline and every notebook at toy size among them
 	@$(run) -m pytest
@@ -40,8 +43,8 @@ verify: .venv/stamp  ## compare the headline numbers in reports/ with the commit
 weights: .venv/stamp  ## download the weights of MODEL, an entry of `models` in params.yaml, into its folder
 	@$(run) -m mitune.weights $(MODEL)
 
-bench: .venv/stamp  ## measure the speed of set construction
-	@$(run) -m mitune.bench
+bench: .venv/stamp  ## measure the speed of set construction; with DEVICE=cuda that of SD-2.1 and SDXL at random weights, training too, written to bench/
+	@$(run) -m $(if $(DEVICE),mitune.architectures --device $(DEVICE) --write,mitune.bench)
 
 pretrain: .venv/stamp  ## train the embedded model anew (resumes where it stopped)
 	@$(run) -m mitune.pretraining

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mitune import config
+from mitune import config, processes
 
 TEXT, WHOLE, REAL, TRUTH = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 _IMAGE = {"prompt_id": WHOLE, "prompt": TEXT, "image": WHOLE}
@@ -142,14 +142,16 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_table(frame: pd.DataFrame, path: Path, schema: str) -> None:
-    """Write `frame` as the table `schema`, columns in the declared order. Raises ValueError for a column that is missing, unknown or of another type."""
+    """Write `frame` as the table `schema`, columns in the declared order; of several processes the first does. Raises ValueError for a column that is
+    missing, unknown or of another type."""
     columns = _columns(schema, list(frame.columns), path)
     try:
         table = pa.Table.from_pandas(frame[list(columns)], schema=pa.schema(list(columns.items())), preserve_index=False).replace_schema_metadata(None)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{path}: not a table of {schema!r}: {' '.join(str(error).split())}") from None
-    with atomic(path) as part:
-        pq.write_table(table, part, compression="zstd")
+    if processes.is_first():
+        with atomic(path) as part:
+            pq.write_table(table, part, compression="zstd")
 
 
 def read_table(path: Path, schema: str) -> pd.DataFrame:
@@ -178,10 +180,12 @@ def _columns(schema: str, names: list[str], path: Path) -> dict[str, pa.DataType
     return declared | {name: OPEN[schema] for name in further}
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as safetensors."""
-    with atomic(path) as part:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}, part, metadata=dict(metadata) if metadata else None)
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None, *, everywhere: bool = False) -> None:
+    """Write named tensors as safetensors; of several processes the first does, or `everywhere` the one that calls."""
+    if everywhere or processes.is_first():
+        with atomic(path) as part:
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+            save_file(whole, part, metadata=dict(metadata) if metadata else None)
 
 
 def read_tensors(path: Path, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
@@ -199,9 +203,10 @@ def read_tensors(path: Path, names: Sequence[str] | None = None) -> dict[str, to
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write JSON with sorted keys; numbers must be finite."""
-    with atomic(path) as part:
-        part.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """Write JSON with sorted keys; of several processes the first does. Numbers must be finite."""
+    if processes.is_first():
+        with atomic(path) as part:
+            part.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

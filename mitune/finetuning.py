@@ -1,4 +1,4 @@
-"""Fine-tuning of the denoiser, alone or with its text encoder, on a selected set: a DoRA (or LoRA) adapter by PEFT, trained through accelerate.
+"""Fine-tuning of the denoiser, alone or with its text encoder, on a selected set: a DoRA (or LoRA) adapter by PEFT, by one process or several.
 
 Table 8 of the paper gives the values: rank 32, alpha 32, AdamW, constant learning rate, gradients clipped to norm 1, t ~ U(500, 1000).
 Latents and conditioning lie in memory; step i draws its images, timesteps and noise from generators seeded by (seed, i) alone, so an
@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import nn
 
+from mitune import processes
 from mitune.denoisers import Conditioning
+from mitune.dora import bfloat16_around, merged_forward, merged_once
 from mitune.pipelines import LatentDiffusion
 from mitune.recipes import Tuning
 
@@ -39,7 +38,7 @@ WITHOUT_EFFECT = ("checkpoint_every", "save_dtype")  # of the configuration: wha
 
 def finetune(
     model: LatentDiffusion, latents: torch.Tensor, conditioning: Conditioning, config: Tuning, *,
-    seed: int, folder_checkpoints: Path, micro_batch_size: int | None = None, progress: Callable[[int], object] | None = None,
+    seed: int, folder_checkpoints: Path, progress: Callable[[int], object] | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Train an adapter on the denoiser, and on the text encoder if `config.text_encoder`, to predict `latents` (N, C, H, W) from their captions (N).
 
@@ -47,11 +46,12 @@ def finetune(
     z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, t uniform on low..high-1; no caption is dropped. Only the adapter is trained, and it
     stays attached: `model.save_adapter(folder)` writes it, `remove_adapter(model)` takes it off. After every `checkpoint_every` steps the
     adapter and the optimizer are written to `folder_checkpoints`, under a name that only the same data, settings and weights find again.
+    Of several processes each takes its share of every batch, `micro_batch_size` images in a pass; all hold the mean of their gradients and so the same
+    adapter. Neither changes the noise.
 
     Args:
         latents: scaled as the network sees them.
         conditioning: of the captions, by `read_captions`.
-        micro_batch_size: images in one pass of one process, a divisor of its share of the batch; gradients are accumulated. The noise does not depend on it.
         progress: called with the number of steps done since its last call, as tqdm's `update`.
 
     Returns:
@@ -61,31 +61,35 @@ def finetune(
         ValueError: an empty set, captions that do not fit it, an impossible setting, an adapter that is attached already, a loss that is not finite.
     """
     _check(latents, conditioning, config, model)
-    accelerator = Accelerator(cpu=torch.device(model.device).type == "cpu", mixed_precision="no")
-    parts = _parts(config.batch_size, micro_batch_size, accelerator.num_processes)
-    accelerator.gradient_accumulation_steps = parts
-    file = Path(folder_checkpoints) / f"{_fingerprint(model, latents, conditioning, config, seed, parts)}.pt"
+    if config.batch_size % processes.count():
+        raise ValueError(f"finetune.batch_size is {config.batch_size}: it does not split into {processes.count()} processes; choose a multiple")
+    file = Path(folder_checkpoints) / f"{_fingerprint(model, latents, conditioning, config, seed)}.pt"
     add_adapter(model, config, seed=seed)
     trained = trained_parameters(model)
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, betas=tuple(config.betas), eps=config.epsilon, weight_decay=config.weight_decay)
     rows = _restore(file, trained, optimizer)
-    objective, optimizer = accelerator.prepare(_Objective(model), optimizer)
     if progress and rows:
         progress(len(rows))
-    objective.train()
-    with merged_forward(*model.adapted.values()):
+    networks = model.adapted.values()
+    for network in networks:
+        network.train()
+    with bfloat16_around(*networks) if config.mixed_precision == "bf16" else contextlib.nullcontext():
         for step in range(len(rows), config.steps):
-            batch = step_batch(latents, config, seed=seed, step=step)
-            loss, grad_norm = _step(accelerator, objective, optimizer, batch, conditioning, parts=parts, max_grad_norm=config.max_grad_norm)
+            mean = _gradients(model, step_batch(latents, config, seed=seed, step=step), conditioning, config)
+            processes.average([mean, *(parameter.grad for parameter in trained.values() if parameter.grad is not None)])
+            loss = float(mean)
             if not loss < float("inf"):
                 raise ValueError(f"the loss is {loss} at step {step + 1}; lower finetune.learning_rate or use float32")
-            rows.append({"step": step + 1, "loss": loss, "grad_norm": grad_norm})
-            if accelerator.is_main_process and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
+            grad_norm = nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            rows.append({"step": step + 1, "loss": loss, "grad_norm": float(grad_norm)})
+            if processes.is_first() and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
                 _write(file, trained, optimizer, rows)
             if progress:
                 progress(1)
-    objective.eval()
-    accelerator.free_memory()
+    for network in networks:
+        network.eval()
     return rows
 
 
@@ -132,10 +136,24 @@ def add_adapter(model: LatentDiffusion, config: Tuning, *, seed: int) -> None:
             cast_training_params(network, dtype=torch.float32)
 
 
+def objective(model: LatentDiffusion, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    """The mean squared error of what the network predicts at z_t, a scalar in float32; differentiable."""
+    noisy = model.add_noise(latents, noise, timesteps)
+    error = model.predict(noisy, timesteps, conditioning).float() - model.target(latents, noise, timesteps).float()
+    return error.square().mean()
+
+
 def trained_parameters(model: LatentDiffusion) -> dict[str, nn.Parameter]:
     """The attached adapter's parameters by the names of their network and place."""
     networks = model.adapted.items()
     return {f"{part}.{name}": parameter for part, network in networks for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def adapter_size(network: nn.Module, config: Tuning, part: str = "unet") -> int:
+    """Parameters of the adapter that `add_adapter` would give a network: rank (inputs + outputs) a layer, and for DoRA its magnitudes, one an output."""
+    endings = target_modules(network, config.target_modules, part)
+    layers = [layer for name, layer in network.named_modules() if any(name == ending or name.endswith("." + ending) for ending in endings)]
+    return sum(config.rank * (layer.in_features + layer.out_features) + ADAPTERS[config.adapter] * layer.out_features for layer in layers)
 
 
 def remove_adapter(model: LatentDiffusion) -> None:
@@ -143,28 +161,6 @@ def remove_adapter(model: LatentDiffusion) -> None:
     if not model.adapted:
         raise ValueError("the model carries no adapter to remove")
     model.pipeline.unload_lora_weights()
-
-
-@contextlib.contextmanager
-def merged_forward(*networks: nn.Module) -> Iterator[None]:
-    """Within the context adapted layers multiply by `merged_weight` once, instead of by W, A and B in turn: the same function and gradients,
-    in 0.6 of PEFT's time for a step of a small network."""
-    layers = [module for network in networks for module in network.modules() if hasattr(module, "lora_A")]
-    for layer in layers:
-        layer.forward = partial(_forward, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def merged_weight(layer: nn.Module) -> torch.Tensor:
-    """W' of an adapted linear layer (see `add_adapter`); the norm takes no gradient, as in DoRA (Liu et al. 2024, Section 4.3)."""
-    weight = layer.base_layer.weight + layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
-    if not layer.use_dora["default"]:
-        return weight
-    return (layer.lora_magnitude_vector["default"].weight / weight.detach().norm(dim=1))[:, None] * weight
 
 
 def target_modules(network: nn.Module, names: str | Iterable[str], part: str = "unet") -> list[str]:
@@ -185,41 +181,18 @@ def target_modules(network: nn.Module, names: str | Iterable[str], part: str = "
 # ---------------------------------------------------------------- parts
 
 
-def _forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, merged_weight(layer).to(x.dtype), layer.base_layer.bias)
-
-
-class _Objective(nn.Module):
-    """The loss as a module, so that accelerate can wrap it for several processes."""
-
-    def __init__(self, model: LatentDiffusion):
-        super().__init__()
-        self.networks = nn.ModuleDict(model.adapted)
-        self._model = model
-
-    def forward(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        noisy = self._model.add_noise(latents, noise, timesteps)
-        error = self._model.predict(noisy, timesteps, conditioning).float() - self._model.target(latents, noise, timesteps).float()
-        return error.square().mean()
-
-
-def _step(
-    accelerator: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], conditioning: Conditioning, *,
-    parts: int, max_grad_norm: float,
-) -> tuple[float, float]:  # fmt: skip
-    """One optimizer step over `parts` micro-batches of this process's share of the batch; its loss and its gradient's norm before clipping."""
-    shares = (batch[name][accelerator.process_index :: accelerator.num_processes].chunk(parts) for name in ("rows", "latents", "noise", "timesteps"))
-    losses = []
-    for rows, *tensors in zip(*shares, strict=True):
-        with accelerator.accumulate(objective):
-            loss = objective(*(tensor.to(accelerator.device) for tensor in tensors), conditioning[rows])
-            accelerator.backward(loss)
+def _gradients(model: LatentDiffusion, batch: dict[str, torch.Tensor], conditioning: Conditioning, config: Tuning) -> torch.Tensor:
+    """Leave in the adapter the gradients of the loss of this process's images, every n-th of the batch, and return it."""
+    shares = [batch[name][processes.index() :: processes.count()] for name in ("rows", "latents", "noise", "timesteps")]
+    passes = list(zip(*(share.split(config.micro_batch_size) for share in shares), strict=True))
+    merged, losses = merged_forward if len(passes) == 1 else merged_once, []
+    with merged(*model.adapted.values()):
+        for rows, *tensors in passes:
+            share = len(rows) / len(shares[0])
+            loss = share * objective(model, *(tensor.to(model.device) for tensor in tensors), conditioning[rows])
+            loss.backward()
             losses.append(loss.detach())
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-    return float(accelerator.reduce(torch.stack(losses).mean(), "mean")), float(grad_norm)
+    return torch.stack(losses).sum()
 
 
 def _generator(stream: str, seed: int, index: int) -> torch.Generator:
@@ -247,24 +220,15 @@ def _restore(file: Path, trained: dict[str, nn.Parameter], optimizer) -> list[di
     return state["rows"]
 
 
-def _fingerprint(model: LatentDiffusion, latents: torch.Tensor, conditioning: Conditioning, config: Tuning, seed: int, parts: int) -> str:
+def _fingerprint(model: LatentDiffusion, latents: torch.Tensor, conditioning: Conditioning, config: Tuning, seed: int) -> str:
     """A name for everything that the trained weights depend on."""
     settings = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
-    digest = hashlib.sha256(repr((sorted(settings.items()), seed, parts, tuple(latents.shape))).encode())
+    digest = hashlib.sha256(repr((sorted(settings.items()), seed, tuple(latents.shape))).encode())
     tensors = [latents, *(conditioning.tensors[name] for name in sorted(conditioning.tensors))]
     tensors += [weight for network in model.networks.values() for weight in network.state_dict().values()]
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def _parts(batch_size: int, micro_batch_size: int | None, processes: int) -> int:
-    """Micro-batches that one process takes for one step."""
-    share = batch_size // processes
-    micro = share if micro_batch_size is None else micro_batch_size
-    if batch_size % processes or micro < 1 or share % micro:
-        raise ValueError(f"finetune.batch_size = {batch_size} does not split into {processes} processes x micro-batches of {micro_batch_size}; choose divisors")
-    return share // micro
 
 
 def _check(latents: torch.Tensor, conditioning: Conditioning, config: Tuning, model: LatentDiffusion) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mitune import config
+from mitune import config, processes
 from mitune.artifacts import read_json, write_json
 
 
@@ -69,17 +69,20 @@ def _code() -> dict[str, str]:
 def scratch(name: str, *key: Any) -> Iterator[Path]:
     """An untracked folder `.scratch/{name}/{hash of key and code}` for unfinished work: kept on an error or a kill, removed at the end.
 
-    Work of another key under the same name is stale and is removed at the start.
+    Work of another key under the same name is stale and is removed at the start. Several processes work in it together.
     """
     home = config.root() / ".scratch" / name
     folder = home / digest(*key, _code())
-    if home.is_dir():
+    if home.is_dir() and processes.is_first():
         for other in home.iterdir():
             if other != folder:
                 shutil.rmtree(other)
+    processes.wait()
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
-    shutil.rmtree(home)
+    processes.wait()
+    if processes.is_first():
+        shutil.rmtree(home)
 
 
 # ---------------------------------------------------------------- computed once
@@ -96,20 +99,22 @@ def shared(name: str, *key: Any, make: Callable[[Path], object]) -> Path:
 
     The code is that of the module that defines `make` and of all that this imports, and the versions of `LIBRARIES`. What an error or a kill
     leaves lies beside it as `.part` and is given to `make` again; `folder / "work"` is for unfinished work and removed at the end. A second
-    process waits for the first. `seconds.json` in it tells how long the making took. When something is made, what has not been asked for in
-    `KEPT_DAYS` days is removed.
+    process waits for the first, unless they were started to work together (`mitune.processes`): then all make it. `seconds.json` in it tells how long the
+    making took. When something is made, what has not been asked for in `KEPT_DAYS` days is removed.
     """
     home = config.root() / ".scratch" / "shared"
     folder = home / f"{name}-{digest(*key, sources(make), {library: importlib.metadata.version(library) for library in LIBRARIES})}"
     part = folder.with_suffix(".part")
-    while not folder.exists():
+    while not processes.agreed(folder.exists()):
         part.mkdir(parents=True, exist_ok=True)
-        with _locked(part) as mine:
-            if mine and not folder.exists():
+        with _locked(part) if processes.is_first() else contextlib.nullcontext(True) as mine:
+            if processes.agreed(mine and not folder.exists()):
                 _timed(make, part)
-                shutil.rmtree(part / "work", ignore_errors=True)
-                part.rename(folder)
-                _remove_unused(home)
+                processes.wait()
+                if processes.is_first():
+                    shutil.rmtree(part / "work", ignore_errors=True)
+                    part.rename(folder)
+                    _remove_unused(home)
     os.utime(folder)
     return folder
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mitune.finetuning import merged_weight
+from mitune.dora import merged_weight
 from mitune.pipelines import LatentDiffusion
 
 Deltas = dict[str, torch.Tensor]

@@ -33,6 +33,8 @@ class Tuning:
     max_grad_norm: Scale
     steps: Count
     batch_size: Count
+    micro_batch_size: Count
+    mixed_precision: Literal["no", "bf16"]
     timesteps: Timesteps
     checkpoint_every: Count
     save_dtype: Literal["float32", "float16"]

@@ -11,6 +11,7 @@ import ast
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -24,10 +25,13 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from mitune import config
+from mitune import config, processes
 
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_TOP_PAD_": "268435456"}
 """For glibc: the kernel keeps the memory of a freed activation for the next one, instead of handing it back to the system after every layer."""
+
+SHARED = {"cell", "evaluate", "finetune", "information", "merging", "pool", "scores"}
+"""The notebooks whose work several processes do together."""
 
 
 def parameters(keys: list[str], settings: list[str]) -> dict[str, Any]:
@@ -69,7 +73,8 @@ def run(notebook: Path, to: Path, injected: Mapping[str, Any], *, prepare_only: 
             )  # fmt: skip
         executed = clean(nbformat.read(part, as_version=4))
         nbformat.write(executed, part)
-        part.replace(to)
+        if processes.is_first():
+            part.replace(to)
     except PapermillExecutionError:
         failed = root / ".scratch" / "failed" / to.name
         failed.parent.mkdir(parents=True, exist_ok=True)
@@ -134,6 +139,7 @@ def _environment(root: Path) -> Iterator[None]:
     os.environ["MITUNE_ROOT"] = str(root)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), before.get("PYTHONPATH")]))
     os.environ.setdefault("PYTHONHASHSEED", "0")
+    os.environ.update(processes.own_gpu(dict(os.environ)))
     for name, value in ALLOCATOR.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm asks for widgets, and bars go to the terminal
@@ -146,18 +152,21 @@ def _environment(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _terminal(label: str) -> Iterator[Path]:
-    """A file for the kernel's progress bars, whose latest state is drawn on standard error: in place on a terminal, else a line every 30 s."""
+    """A file for the kernel's progress bars, whose latest state is drawn on standard error: in place on a terminal, else a line every 30 s.
+    Of several processes the first draws its own."""
     done = threading.Event()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "progress"
         file.touch()
         thread = threading.Thread(target=_follow, args=(file, label, done), daemon=True)
-        thread.start()
+        if processes.is_first():
+            thread.start()
         try:
             yield file
         finally:
             done.set()
-            thread.join()
+            if processes.is_first():
+                thread.join()
 
 
 def _follow(file: Path, label: str, done: threading.Event) -> None:
@@ -190,6 +199,12 @@ def seconds(name: str) -> float | None:
     return json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.is_file() else None
 
 
+def together(arguments: list[str], count: int) -> int:
+    """This command in `count` processes of this machine, which meet in the kernel of each; its exit status. `accelerate launch` does the same on several."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "mitune.runner", *arguments]
+    return subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}).returncode
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mitune.runner", description="Run a notebook with the parameters its stage declares.")
     parser.add_argument("notebook", type=Path)
@@ -200,6 +215,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     started = time.monotonic()
     try:
+        wanted = processes.wanted()
+        if wanted > 1 and chosen.notebook.stem in SHARED:
+            return together(sys.argv[1:] if arguments is None else arguments, wanted)
         run(chosen.notebook, chosen.to, parameters(chosen.params, chosen.set), prepare_only=chosen.prepare_only)
     except PapermillExecutionError as error:
         failed = config.root() / ".scratch" / "failed" / chosen.to.name

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mitune import processes
 from mitune.artifacts import read_tensors, write_tensors
 
 
@@ -21,22 +22,24 @@ def shards(
 
     The bounds depend on `size` alone, so that an interrupted run ends with the same bytes as an uninterrupted one. `compute` returns
     tensors of shape (len(slice), ...). `progress` is advanced by the number of items. On a CPU as many slices are computed side by side
-    as torch has threads, each on one of them: faster than one slice on all, and the bytes do not depend on the number of cores.
+    as torch has threads, each on one of them: faster than one slice on all, and the bytes do not depend on the number of cores. Of several
+    processes (`mitune.processes`) each computes every n-th slice and reads the others', so that all return the same.
     """
     if not items:
         raise ValueError("there is nothing to compute: items is empty")
-    files = {start: folder / f"{start:06d}.safetensors" for start in range(0, len(items), size)}
+    starts, count = range(0, len(items), size), processes.count()
+    files = {start: folder / f"{start:06d}.safetensors" for start in starts}
 
     def finish(start: int) -> int:
-        part = items[start : start + size]
         if not files[start].exists():
-            write_tensors(compute(part), files[start])
-        return len(part)
+            write_tensors(compute(items[start : start + size]), files[start], everywhere=True)
+        return min(count * size, len(items) - start + processes.index() * size)  # the others finish theirs meanwhile
 
     with _side_by_side(device) as each:
-        for done in each(finish, files):
+        for done in each(finish, starts[processes.index() :: count]):
             if progress is not None:
                 progress.update(done)
+    processes.wait()
     parts = [read_tensors(file) for file in files.values()]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mitune import finetuning
+from mitune import dora, finetuning
 from mitune.models import load
 from mitune.recipes import Finetune, Timesteps
 
 CONFIG = Finetune(
     adapter="dora", rank=4, lora_alpha=4, target_modules=("attention", "ff"), text_encoder=False, learning_rate=1e-2, betas=(0.9, 0.999), weight_decay=1e-2,
-    epsilon=1e-8, max_grad_norm=1.0, steps=6, batch_size=8, timesteps=Timesteps(500, 1000), checkpoint_every=3, save_dtype="float32", seed=0,
+    epsilon=1e-8, max_grad_norm=1.0, steps=6, batch_size=8, micro_batch_size=8, mixed_precision="no", timesteps=Timesteps(500, 1000), checkpoint_every=3,
+    save_dtype="float32", seed=0,
 )  # fmt: skip
 
 CAPTIONS = ["a red circle", "a blue square", "a green star", "a red moon", "a blue circle"]
@@ -42,7 +43,7 @@ def train(model, data, folder, config=CONFIG, **arguments) -> list[dict[str, flo
 def loss_of(model, data) -> float:
     batch = finetuning.step_batch(data[0], replace(CONFIG, batch_size=100), seed=99, step=0)
     with torch.no_grad():
-        return float(finetuning._Objective(model)(batch["latents"], batch["noise"], batch["timesteps"], data[1][batch["rows"]]))
+        return float(finetuning.objective(model, batch["latents"], batch["noise"], batch["timesteps"], data[1][batch["rows"]]))
 
 
 def test_loss_falls_and_only_the_adapter_learns(model, data, tmp_path):
@@ -123,7 +124,7 @@ def test_a_checkpoint_of_other_data_or_settings_is_not_taken(model, data, tmp_pa
 def test_micro_batches_change_nothing_but_rounding(model, data, tmp_path):
     whole = train(model, data, tmp_path / "whole", replace(CONFIG, learning_rate=1e-3))
     finetuning.remove_adapter(model)
-    parts = train(model, data, tmp_path / "parts", replace(CONFIG, learning_rate=1e-3), micro_batch_size=2)
+    parts = train(model, data, tmp_path / "parts", replace(CONFIG, learning_rate=1e-3, micro_batch_size=3))
     for a, b in zip(whole, parts, strict=True):
         assert_close([a["loss"], a["grad_norm"]], [b["loss"], b["grad_norm"]], rtol=1e-3, atol=1e-4)
 
@@ -217,11 +218,63 @@ def test_merged_forward_is_pefts(model, data, adapter):
         return [prediction.detach(), *torch.autograd.grad(prediction.square().sum(), trained)]
 
     pefts = run()
-    with finetuning.merged_forward(model.network):
+    with dora.merged_forward(model.network):
         ours = run()
     for a, b in zip(ours, pefts, strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm()
     assert all(torch.equal(a, b) for a, b in zip(run(), pefts, strict=True))  # PEFT's own forward is back
+
+
+@pytest.mark.parametrize("adapter", ["dora", "lora"])
+def test_weights_merged_once_gather_the_gradients_of_pefts_passes(model, data, adapter):
+    """The oracle is PEFT's own forward of each pass, with the gradients added up."""
+    finetuning.add_adapter(model, replace(CONFIG, adapter=adapter, lora_alpha=8), seed=0)
+    generator, trained, merges = torch.Generator().manual_seed(1), finetuning.trained_parameters(model), []
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+    def gradients():
+        for rows in ([0, 1], [2, 3], [4]):
+            model.predict(data[0][rows], torch.full((len(rows),), 700), data[1][rows]).square().sum().backward()
+        return {name: parameter.grad for name, parameter in trained.items()}
+
+    pefts = {name: gradient.clone() for name, gradient in gradients().items()}
+    model.network.zero_grad()
+    merged_weight = dora.merged_weight
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dora, "merged_weight", lambda layer: (merges.append(layer), merged_weight(layer))[1])
+        with dora.merged_once(model.network):
+            gradients()
+            assert all(parameter.grad is None for parameter in trained.values())
+    assert len(merges) == len(set(merges)) == sum(name.endswith("lora_A.default.weight") for name in trained)  # one norm a layer, whatever the number of passes
+    for name, parameter in trained.items():
+        assert (parameter.grad - pefts[name]).norm() <= 1e-4 * pefts[name].norm(), name
+
+
+def test_bfloat16_products_leave_the_adapter_in_float32(model, data, tmp_path):
+    before, whole = weights(model), train(model, data, tmp_path / "whole")
+    finetuning.remove_adapter(model)
+    mixed = train(model, data, tmp_path / "mixed", replace(CONFIG, mixed_precision="bf16", micro_batch_size=4))
+    assert {parameter.dtype for parameter in finetuning.trained_parameters(model).values()} == {torch.float32}
+    assert [row["loss"] for row in mixed] != [row["loss"] for row in whole]
+    assert_close([row["loss"] for row in mixed], [row["loss"] for row in whole], rtol=2e-2, atol=0)
+    finetuning.remove_adapter(model)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_a_change_below_half_a_digit_of_bfloat16_is_not_lost(model, data):
+    """It would be, of weights that bfloat16 holds exactly: 1 + 2^-9 is 1 there."""
+    finetuning.add_adapter(model, CONFIG, seed=0)
+    layer = next(module for module in model.network.modules() if hasattr(module, "lora_A"))
+    before = dora.merged_weight(layer).detach()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.add_(1e-3 * before.abs().mean())
+        with dora.bfloat16_around(model.network):
+            assert layer.base_layer.weight.dtype == torch.float32 and model.network.conv_in.weight.dtype == torch.bfloat16
+            changed = dora.merged_weight(layer)
+            rounded = (changed.bfloat16().float() - before.bfloat16().float()).norm()
+    assert rounded > 0.5 * (changed - before).norm()
 
 
 def test_targets_are_attention_and_fully_connected_layers(model):
@@ -243,13 +296,19 @@ def test_targets_are_attention_and_fully_connected_layers(model):
         ({"adapter": "vera"}, "finetune.adapter is 'vera'; choose dora or lora"),
         ({"timesteps": Timesteps(500, 1001)}, "finetune.timesteps 500..1001"),
         ({"target_modules": ("to_w",)}, "finetune.target_modules: no layer is called 'to_w'"),
-        ({"batch_size": 7}, "finetune.batch_size = 7 does not split"),
     ],
 )
 def test_bad_settings_are_one_clear_line(model, data, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
-        train(model, data, tmp_path, replace(CONFIG, **change), micro_batch_size=2)
+        train(model, data, tmp_path, replace(CONFIG, **change))
     assert "\n" not in str(error.value)
+    assert not hasattr(model.network, "peft_config")
+
+
+def test_a_batch_that_does_not_split_into_the_processes_is_one_clear_line(model, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"finetune\.batch_size is 8: it does not split into 3 processes; choose a multiple"):
+        train(model, data, tmp_path)
     assert not hasattr(model.network, "peft_config")
 
 

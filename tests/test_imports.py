@@ -10,9 +10,9 @@ from mitune import config
 
 PACKAGE = config.root() / "mitune"
 FLOORS = {
-    0: {"schema", "prompts", "statistics", "plots", "captions", "reported"},
+    0: {"schema", "processes", "prompts", "statistics", "plots", "captions", "reported"},
     1: {"recipes", "checks", "config", "geometry", "scenes", "mixture", "denoisers", "loading", "memory", "adapters", "pipelines", "models"},
-    2: {"information", "flow", "sampling", "selection", "finetuning", "merging", "alignment", "quality", "worlds"},
+    2: {"information", "flow", "sampling", "selection", "dora", "finetuning", "merging", "alignment", "quality", "worlds"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SOURCES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"}

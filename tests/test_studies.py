@@ -134,6 +134,12 @@ def test_the_studies_pool_and_scores_are_the_stages(params):
     assert torch.equal(ours.latents, artifacts.read_tensors(Results(params.model).pool("color", "train"))["latents"])
 
 
+def test_a_recipe_that_asks_for_more_prompts_than_there_are_takes_all(params):
+    recipe, there = recipes(params, "set_size")["same"], len(steps.read_prompts(params, "color", "train"))
+    assert steps.fitted(params, recipe, "color") == recipe
+    assert steps.fitted(params, recipe_of(params, n_prompts=10_000), "color").n_prompts == there
+
+
 def test_a_set_holds_the_best_or_a_draw(params):
     pool = steps.candidates(params, recipe_of(params, M=4, select="path"), "color")
     chosen, latents = steps.keep(pool, recipe_of(params, M=4, select="path", k=2), seed=0, draw=0)

@@ -36,10 +36,11 @@ def with_denoiser(params, unet: str | None):
     return config.Declared(vars(params) | {"models": {**params.models, params.model: entry}})
 
 
-def open_model(params, *, adapter: Path | Sequence[Path] | None = None) -> pipelines.LatentDiffusion:
-    """The base, or with the adapters of these folders fused into it in turn."""
-    images = max((part.batch_size for part in vars(params).values() if isinstance(part, (config.Base, config.Sampled))), default=None)
-    return models.load(**weights(params), device=params.device, dtype=params.dtype, adapter=adapter, images=images)
+def open_model(params, *, adapter: Path | Sequence[Path] | None = None, dtype: str | None = None) -> pipelines.LatentDiffusion:
+    """The base, or with the adapters of these folders fused into it in turn; in `dtype`, by default that of the parameters, of which alone memory is
+    asked for the images that are sampled at once."""
+    images = None if dtype else max((part.batch_size for part in vars(params).values() if isinstance(part, (config.Base, config.Sampled))), default=None)
+    return models.load(**weights(params), device=params.device, dtype=dtype or params.dtype, adapter=adapter, images=images)
 
 
 def read_prompts(params, category: str, split: str, n: int | None = None) -> list[prompts.Prompt]:

@@ -7,6 +7,7 @@ import shutil
 import pandas as pd
 import torch
 
+from mitune import processes
 from mitune.adapters import ADAPTER_FILE
 from mitune.artifacts import Results, read_json, write_json, write_table, write_tensors
 from mitune.recipes import recipes
@@ -62,5 +63,6 @@ def _paired(params, recipe, category: str, split: str, adapters) -> pd.DataFrame
 
 
 def _copy(file, folder) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, folder / file.name)
+    if processes.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / file.name)

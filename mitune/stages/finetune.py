@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
+from mitune import processes
 from mitune.artifacts import Results, read_table, read_tensors, write_table
 from mitune.finetuning import finetune, read_captions
 from mitune.memo import scratch
@@ -14,12 +15,13 @@ from mitune.stages import open_model
 
 def build(params, category: str, arm: str) -> pd.DataFrame:
     """Write `adapters/{category}/{arm}`: `pytorch_lora_weights.safetensors` and the training curve `curve.parquet`, which is returned."""
-    model, results, config = open_model(params), Results(params.model), params.finetune
+    model, results, config = open_model(params, dtype="float32"), Results(params.model), params.finetune
     latents, captions = kept(params, category, arm)
     name = f"finetune-{category}-{arm}"
     with scratch(name, config, latents) as folder, progress(config.steps, f"finetune {category} {arm}", unit="step") as bar:
         steps = finetune(model, latents, read_captions(model, captions, config), config, seed=config.seed, folder_checkpoints=folder, progress=bar.update)
-        model.save_adapter(results.adapter(category, arm), dtype=config.save_dtype)
+        if processes.is_first():
+            model.save_adapter(results.adapter(category, arm), dtype=config.save_dtype)
     curve = pd.DataFrame(steps).assign(category=category, arm=arm)
     write_table(curve, results.curve(category, arm), "curve")
     return curve

@@ -19,7 +19,7 @@ from mitune.pipelines import DTYPES, LatentDiffusion
 from mitune.recipes import Merge, recipes
 from mitune.stages import finetune, weights, with_denoiser
 from mitune.stages.cell import SAME
-from mitune.stages.steps import Prepared, adapter, candidates, evaluation, keep
+from mitune.stages.steps import Prepared, adapter, candidates, evaluation, fitted, keep
 
 
 def build(params, key: str) -> pd.DataFrame:
@@ -50,6 +50,7 @@ def single(params, recipe: Merge, category: str, seed: int) -> tuple[Path, torch
     """The adapter of one category, and the images (N, C, H, W) and captions that it was trained on: the pipeline's, where the recipe names an arm."""
     if recipe.arm:
         return Results(params.model).adapter(category, recipe.arm), *finetune.kept(params, category, recipe.arm)
+    recipe = fitted(params, recipe, category)
     chosen, latents = keep(candidates(params, recipe, category), recipe, seed=params.seed, draw=seed)
     captions = list(chosen["prompt"])
     return adapter(params, recipe, latents, captions, seed=seed), latents, captions

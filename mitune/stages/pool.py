@@ -20,7 +20,7 @@ def build(params, category: str) -> dict[str, tuple[int, ...]]:
     """
     model, pool, shapes = open_model(params), params.pool, {}
     for split, n in pool.n_prompts.items():
-        items = read_prompts(params, category, split, n)
+        items = read_prompts(params, category, split)[:n]
         compute = sampler(model, pool, pool.guidance_scale, params.seed)
         key = (pool, params.seed, params.dtype, [item.text for item in items], *weights(params).values())
         with scratch(f"pool-{category}-{split}", *key) as folder, progress(len(items), f"pool {category} {split}", unit="prompt") as bar:

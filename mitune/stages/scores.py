@@ -20,7 +20,7 @@ def build(params, category: str) -> pd.DataFrame:
     timesteps = renoised_timesteps(len(model.alphas_cumprod), params.renoise.timesteps).repeat(params.renoise.noises)
     frames = []
     for split, n in params.pool.n_prompts.items():
-        items = read_prompts(params, category, split, n)
+        items = read_prompts(params, category, split)[:n]
         pool = read_tensors(results.pool(category, split))
         compute = _scorer(model, judges, items, pool["latents"], timesteps, params)
         key = (params.renoise, params.seed, params.dtype, pool["latents"], *weights(params).values())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from mitune import processes
 from mitune.adapters import ADAPTER_FILE
 from mitune.artifacts import read_json, read_table, read_tensors, write_json, write_table, write_tensors
 from mitune.finetuning import finetune, read_captions, trained_parameters
@@ -60,6 +61,7 @@ def tuned(params, recipe: Recipe, category: str, *, seed: int) -> Tuned:
     The pool of the first round is the base's, or that of the model fine-tuned by `pool_adapter`; the adapter is trained on the base in either case.
     No two rounds draw the same noise.
     """
+    recipe = fitted(params, recipe, category)
     source = tuned(params, recipe.pool_adapter, category, seed=recipe.pool_adapter.seeds[0]) if recipe.pool_adapter else None
     adapters, sets, evaluations = (), [], Counter(source.evaluations if source else {"pool": 0, "scores": 0})
     times = {"pool": {}, "scores": {}, "finetune": {}}
@@ -77,6 +79,11 @@ def tuned(params, recipe: Recipe, category: str, *, seed: int) -> Tuned:
             times[part][f"{category}-{seed}{later}" if later else category] = sum(pool.seconds[part] for pool in pools)
             evaluations[part] += sum(pool.evaluations[part] for pool in pools)
     return Tuned(adapters, pd.concat(sets, ignore_index=True), dict(evaluations), times)
+
+
+def fitted(params, recipe: Recipe, category: str) -> Recipe:
+    """The recipe with as many training prompts as the category has, where it asks for more."""
+    return replace(recipe, n_prompts=min(recipe.n_prompts, len(read_prompts(params, category, "train"))))
 
 
 def fine_tuning_set(params, recipe: Recipe, category: str, *on: Path, seed: int, first: int = 0) -> tuple[pd.DataFrame, torch.Tensor, list[Candidates]]:
@@ -116,6 +123,7 @@ def candidates(params, recipe: Recipe, category: str, *on: Path, first: int = 0)
 
 def examined(params, recipe: Recipe, category: str) -> pd.DataFrame:
     """The M candidates of each training prompt by the base, a row each, with both alignment scores and every estimator's MI (schema `scores`)."""
+    recipe = fitted(params, recipe, category)
     pools = {rule: candidates(params, replace(recipe, select=rule), category) for rule in ("judge", "similarity", *params.estimators)}
     table = judging.image_rows(pools["judge"].prompts, recipe.M).assign(category=category, split="train")
     return table.assign(**{rule: pool.score.flatten().double().numpy() for rule, pool in pools.items()})
@@ -170,11 +178,12 @@ def adapter(params, recipe: Recipe, latents: torch.Tensor, captions: Sequence[st
     were trained."""
 
     def make(folder: Path) -> None:
-        model = open_model(params, adapter=on)
+        model = open_model(params, adapter=on, dtype="float32")
         with progress(recipe.steps, f"finetune seed {seed}", unit="step") as bar:
             conditioning = read_captions(model, captions, recipe)
             finetune(model, latents, conditioning, recipe.tuning, seed=seed, folder_checkpoints=folder / "work", progress=bar.update)
-        model.save_adapter(folder, dtype=recipe.save_dtype)
+        if processes.is_first():
+            model.save_adapter(folder, dtype=recipe.save_dtype)
         write_json({"parameters": sum(parameter.numel() for parameter in trained_parameters(model).values())}, folder / "size.json")
 
     return shared("adapter", *_base(params, *on), recipe.tuning, seed, latents, list(captions), make=make)
