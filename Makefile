@@ -4,11 +4,11 @@
 PYTHON ?= python3
 run = PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python
 
-.PHONY: help env repro spine plan test smoke lab verify weights bench pretrain readme site
+.PHONY: help env repro spine plan test smoke lab verify weights bench pretrain readme site data-t2i-compbench data-diffusiondb
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\): .*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-26s %s\n", $$1, $$2 }'
 
 env: .venv/stamp  ## make the environment (.venv) from requirements.lock
 
@@ -48,6 +48,12 @@ bench: .venv/stamp  ## measure the speed of set construction; with DEVICE=cuda t
 
 pretrain: .venv/stamp  ## train the embedded model anew (resumes where it stopped)
 	@$(run) -m mitune.pretraining
+
+data-t2i-compbench: .venv/stamp  ## fetch the prompts of T2I-CompBench, 0.3 MB, into data/t2i-compbench
+	@$(run) -m mitune.downloads t2i-compbench
+
+data-diffusiondb: .venv/stamp  ## draw the prompts and images of DiffusionDB from the parts in data/diffusiondb
+	@$(run) -m mitune.downloads diffusiondb
 
 readme: .venv/stamp  ## refresh the generated parts of README.md
 	@$(run) -m mitune.readme

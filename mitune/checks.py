@@ -10,13 +10,15 @@ from typing import Any
 from mitune.recipes import ARMS, RULES, Common, Merge, Recipe, Studies, Tuning, complete
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")  # T2I-CompBench's names
+OF_THESE = ("shapes", "t2i-compbench")  # benchmarks with these categories; a user's own has others
+SPLITS = ("train", "val", "test", "comp")  # comp: test prompts with attribute pairs that pretraining never saw
 OF_AN_ARM = {"categories", "test_prompts", "test_images", "guidance_scales", "merge", "weights", "density", "arm"}  # for a merge of the pipeline's adapters
 OF_ONE_ROUND = {"rounds": 1, "real": 0.0, "pool_adapter": None, "val_prompts": 0}  # what a merge can have: the base's own images, on test prompts
 
 
 def check(given: Mapping[str, Any]) -> None:
     """Conditions between values, of those keys that are given."""
-    for condition in (_check_names, _check_estimators, _check_sizes, _check_studies):
+    for condition in (_check_names, _check_benchmarks, _check_estimators, _check_sizes, _check_studies):
         condition(given)
 
 
@@ -27,12 +29,42 @@ def _check_names(given: Mapping[str, Any]) -> None:
         wanted = "reports" if given["model"] == "shapes" else f"reports/{given['model']}"
         if given["reports"] != wanted:
             raise ValueError(f"reports is {given['reports']!r}: for model {given['model']!r} it must be {wanted!r}")
-    for key, known in {"categories": CATEGORIES, "arms": ARMS}.items():
-        _check_list(key, given.get(key, ()), known)
+    _check_list("arms", given.get("arms", ()), ARMS)
+    _check_categories("categories", given.get("categories", ()), given)
     if "cost" in given and given["cost"].arm not in given.get("arms", ARMS):
         raise ValueError(f"cost.arm is {given['cost'].arm!r}: `arms` has {', '.join(given['arms'])}")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", given.get("device", "cpu")):
         raise ValueError(f"device is {given['device']!r}: it must be cpu, cuda, cuda:<number> or mps")
+
+
+def _check_benchmarks(given: Mapping[str, Any]) -> None:
+    benchmarks, name = given.get("benchmarks", {}), given.get("benchmark")
+    if "benchmarks" in given and name is not None:
+        if name not in benchmarks:
+            raise ValueError(f"benchmark is {name!r}: `benchmarks` has {', '.join(benchmarks)}")
+        if given.get("prompts", benchmarks[name].prompts) != benchmarks[name].prompts:
+            raise ValueError(f"prompts is {given['prompts']!r}: for benchmark {name!r} it must be {benchmarks[name].prompts!r}")
+    if name == "shapes" and given.get("model", "shapes") != "shapes":
+        raise ValueError(
+            f"benchmark is 'shapes' and model {given['model']!r}: its captions are of drawn shapes, and only the embedded judge reads them; "
+            "set another benchmark, such as t2i-compbench, and its prompts"
+        )
+    for key, benchmark in benchmarks.items():
+        for entry in ("splits", "holdout"):
+            if unknown := sorted(set(getattr(benchmark, entry) or ()) - set(SPLITS)):
+                raise ValueError(f"unknown key benchmarks.{key}.{entry}.{unknown[0]}: the splits are {', '.join(SPLITS)}")
+        if benchmark.splits:
+            _check_list(f"benchmarks.{key}.splits", tuple(benchmark.splits.values()))
+        if both := sorted(set(benchmark.holdout or ()) & {"train", *(benchmark.splits or ())}):
+            raise ValueError(f"benchmarks.{key}.holdout has {both[0]!r}: it makes splits that the benchmark lacks, out of its train; remove it")
+
+
+def _check_categories(where: str, entries: tuple, given: Mapping[str, Any]) -> None:
+    """Each names stages and folders, and is one of T2I-CompBench's where the benchmark is known to have no other."""
+    _check_list(where, entries, CATEGORIES if given.get("benchmark") in OF_THESE else None)
+    for entry in entries:
+        if not re.fullmatch(r"\w[\w-]*", entry):
+            raise ValueError(f"{where} has {entry!r}: a category names a stage and a folder; it takes letters, digits, _ and -")
 
 
 def _check_estimators(given: Mapping[str, Any]) -> None:
@@ -81,6 +113,7 @@ def _check_studies(given: Mapping[str, Any]) -> None:
         return
     studies = given["studies"]
     _check_common(studies.common, "studies.common", given.get("estimators"))
+    _check_categories("studies.common.categories", studies.common.categories, given)
     for study in (field.name for field in fields(Studies) if field.name != "common"):
         for key, cell in (getattr(studies, study) or {}).items():
             where = f"studies.{study}.{key}"
@@ -89,6 +122,7 @@ def _check_studies(given: Mapping[str, Any]) -> None:
             if "finetune" in given:
                 recipe = complete(study, studies.common, given["finetune"], cell, where)
                 _check_recipe(recipe, where, given.get("estimators"))
+                _check_categories(f"{where}.categories", recipe.categories, given)
                 if isinstance(recipe, Merge):
                     _check_merge(recipe, set(cell), where, given)
 
@@ -109,7 +143,6 @@ def _check_recipe(recipe: Recipe, where: str, estimators: Mapping[str, Any] | No
 
 
 def _check_common(recipe: Common, where: str, estimators: Mapping[str, Any] | None) -> None:
-    _check_list(f"{where}.categories", recipe.categories, CATEGORIES)
     _check_list(f"{where}.seeds", recipe.seeds)
     if recipe.k > recipe.M:
         raise ValueError(f"{where}.k is {recipe.k} and M is {recipe.M}: no more images can be selected than were made; lower k or raise M")
@@ -140,7 +173,7 @@ def _check_merge(recipe: Merge, own: set[str], where: str, given: Mapping[str, A
         raise ValueError(f"{where}.{min(own - OF_AN_ARM)}: adapters of an arm are those of the pipeline; `finetune` and `pool` say how they are made")
     for key, known in (("arms", {recipe.arm}), ("categories", set(recipe.categories))):
         if missing := sorted(known - set(given.get(key, known))):
-            raise ValueError(f"{where}: the pipeline has no adapter of {missing[0]!r}: `{key}` has {', '.join(given[key])}")
+            raise ValueError(f"{where}: the pipeline has no adapter of {missing[0]!r}: `{key}` has {', '.join(given[key])}; remove the cell or add it there")
 
 
 def _check_tuning(tuning: Tuning, where: str) -> None:

@@ -37,10 +37,20 @@ class Model(Options):
     pipeline: str
     judge: str
     similarity: str
-    prompts: str
     unet: str | None = None
     vae: str | None = None
     hub: str | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Whose prompts (see `mitune.benchmarks.Benchmark`): a file or folder, by default of the project."""
+
+    prompts: str
+    column: str = "prompt"
+    splits: dict[str, str] | None = None
+    holdout: dict[str, Count] | None = None
+    seed: Size = 0
 
 
 @dataclass(frozen=True)
@@ -173,8 +183,12 @@ class Params:
     """All of `params.yaml`; what each key means, its unit and its range stand beside it there."""
 
     model: str
+    benchmark: str
+    prompts: str
     reports: str
     models: dict[str, Model]
+    benchmarks: dict[str, Benchmark]
+    real_images: str | None
     device: str
     dtype: Literal["float32", "bfloat16", "float16"]
     seed: Size

@@ -17,7 +17,7 @@ from mitune import config, probe, profiles
 from mitune.information import renoised_timesteps
 from mitune.probe import Rates
 from mitune.recipes import Merge, Recipe, Studies, Tuning, recipes
-from mitune.stages import has_split, read_prompts
+from mitune.stages import open_benchmark
 
 PASSES = 3
 """Evaluations that a training sample takes where only their rate is given: one forward, and a backward of about two."""
@@ -222,12 +222,13 @@ def readable(size: int | None) -> str:
 
 
 def available(params: config.Params) -> Callable[[str, str], int | None]:
-    """How many prompts a split of a category has, or None where its file is not there; of compositional prompts then none."""
+    """How many prompts a split of a category has, or None where the benchmark is not there; of compositional prompts then none."""
+    benchmark = open_benchmark(params)
 
     @functools.cache
     def count(category: str, split: str) -> int | None:
-        if has_split(params, category, split):
-            return len(read_prompts(params, category, split))
+        if benchmark.source.exists():
+            return len(benchmark.prompts(category).get(split, ()))
         return 0 if split == "comp" else None
 
     return count

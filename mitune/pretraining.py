@@ -18,9 +18,9 @@ import torch
 from tqdm.auto import tqdm
 
 from mitune import captions as grammar
-from mitune import prompts
 from mitune.alignment import ShapesJudge
 from mitune.artifacts import read_table, write_table
+from mitune.benchmarks import Benchmark
 from mitune.config import Estimator, root
 from mitune.config import load as load_params
 from mitune.corpus import CaptionNoise, clean_scenes, misquoted, web_latents, write_prompts
@@ -30,6 +30,7 @@ from mitune.models import load
 from mitune.networks import build_scheduler, build_tokenizer, build_unet, build_vae
 from mitune.parts import encode_texts, reconstruct, train_judge, train_similarity, train_text_encoder, train_unet, train_vae, whiten
 from mitune.pipelines import LatentDiffusion
+from mitune.prompts import Prompt
 from mitune.sampling import noise_generator, noises, sample
 from mitune.schema import Share, build
 from mitune.stages.base import knows
@@ -218,7 +219,7 @@ def _examined(model: LatentDiffusion, judge: ShapesJudge, folder: Path, probe: P
     """The tables of one state of the model, over all categories: `snapshots` and `ranking` but for their `step`."""
     cases, candidates = [], []
     for category in grammar.CATEGORIES:
-        items = prompts.load(folder, category, "val")
+        items = Benchmark(folder).load(category, "val")
         cases.append(knows(model, category, [item.text for item in items], probe, seed=seed).rename(columns={"correct": "knows"}))
         candidates.append(_candidates(model, judge, items[: probe.prompts], probe, seed).assign(category=category))
     known = pd.concat(cases, ignore_index=True)
@@ -226,7 +227,7 @@ def _examined(model: LatentDiffusion, judge: ShapesJudge, folder: Path, probe: P
     return {"snapshots": known, "ranking": pd.concat(candidates, ignore_index=True)}
 
 
-def _candidates(model: LatentDiffusion, judge: ShapesJudge, items: list[prompts.Prompt], probe: Probe, seed: int) -> pd.DataFrame:
+def _candidates(model: LatentDiffusion, judge: ShapesJudge, items: list[Prompt], probe: Probe, seed: int) -> pd.DataFrame:
     """A row a candidate of each prompt: the judge's score and each estimator's MI in nats; re-noising noise is common to a prompt's candidates."""
     rows = image_rows(items, probe.images)
     texts, own = list(rows["prompt"]), torch.arange(len(items)).repeat_interleave(probe.images)

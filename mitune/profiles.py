@@ -1,7 +1,7 @@
 """A profile: the pipeline with `mitune/{name}.yaml` merged into `params.yaml`, in a clone of its own (`make repro PROFILE=full`).
 
-Its parameters, lock and reports are those of `profiles/{name}`, untracked: the project's stay as they are. DVC's cache and what cells have in common are
-the project's, so that a profile takes over what the project has computed.
+Its parameters, lock and reports are those of `profiles/{name}`, untracked: the project's stay as they are. DVC's cache, downloaded data and what cells have in
+common are the project's, so that a profile takes over what the project has computed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ def prepare(name: str) -> Path:
     root = config.root().resolve()
     folder = root / "profiles" / name
     clone(folder, overlay=FOLDER / f"{name}.yaml")
+    for data in (root / "data").iterdir():  # what was downloaded
+        if not (folder / "data" / data.name).exists():
+            (folder / "data" / data.name).symlink_to(data)
     (folder / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {root / '.dvc' / 'cache'}\n", encoding="utf-8")
     common, own = (place / ".scratch" / "shared" for place in (root, folder))
     common.mkdir(parents=True, exist_ok=True)

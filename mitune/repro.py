@@ -14,7 +14,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from mitune import config, profiles, provenance, runner
+from mitune import benchmarks, config, profiles, provenance, runner
 from mitune.recipes import Studies
 
 # on two cores, until a run has been timed:
@@ -66,6 +66,8 @@ def repro(arguments: list[str], *, of_spine: bool = False) -> int:
     """Run `dvc repro` with `arguments`, of all stages or of the spine's; its exit status."""
     root = config.root().resolve()
     params = config.load(root / "params.yaml")
+    if not (root / params.prompts).exists():
+        raise ValueError(benchmarks.absent(root / params.prompts))
     provenance.read(root / params.reports / provenance.FILE)  # a file that cannot be read is told of now, not after the first stage
     env = environment(root)
     listed = subprocess.run(command("stage", "list", "--name-only"), cwd=root, env=env, capture_output=True, text=True)

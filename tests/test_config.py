@@ -68,6 +68,15 @@ def test_the_toy_overlay_is_valid(values):
         ("model", "sd", "model is 'sd'"),
         ("model", "sd", "a new one is a line there, with a folder or a hub name"),
         ("model", "sdxl", "reports is 'reports': for model 'sdxl' it must be 'reports/sdxl'"),
+        ("benchmark", "coco", "benchmark is 'coco': `benchmarks` has "),
+        ("benchmark", "t2i-compbench", "prompts is 'data/shapes/prompts': for benchmark 't2i-compbench' it must be 'data/t2i-compbench'"),
+        ("benchmarks.shapes.prompt", "p.csv", "unknown key benchmarks.shapes.prompt"),
+        ("benchmarks.shapes.holdout", {"val": 0}, "benchmarks.shapes.holdout.val is 0: it must be at least 1"),
+        ("benchmarks.shapes.holdout", {"train": 1}, "benchmarks.shapes.holdout has 'train': it makes splits that the benchmark lacks"),
+        ("benchmarks.shapes.splits", {"dev": "val"}, "unknown key benchmarks.shapes.splits.dev: the splits are train, val, test, comp"),
+        ("benchmarks.shapes.splits", {"val": "a", "test": "a"}, "benchmarks.shapes.splits has an entry twice"),
+        ("benchmarks.t2i-compbench.holdout", {"test": 1}, "benchmarks.t2i-compbench.holdout has 'test'"),
+        ("studies.common.categories", ["colour"], "studies.common.categories has 'colour'"),
         ("reports", "reports/shapes", "reports is 'reports/shapes'"),
         ("finetune.timesteps.low", 1000, "low must be below high"),
         ("finetune.learning_rate", "2e-4x", "finetune.learning_rate is '2e-4x': it must be a number"),
@@ -105,6 +114,22 @@ def test_bad_values_are_refused_by_name_in_one_line(values, tmp_path, key, value
         config.load(write(values, tmp_path))
     assert str(error.value).startswith("params.yaml: ")
     assert "\n" not in str(error.value)
+
+
+def test_the_categories_are_the_benchmarks(values):
+    for key in ("mean_of_six", "joint_of_six"):
+        del values["studies"]["merging"][key]
+    own = {"prompts": "mine.csv", "benchmark": "mine", "benchmarks": values["benchmarks"] | {"mine": {"prompts": "mine.csv"}}}
+    assert config.read(values | own | {"categories": ["cats", "dogs-2"]}).categories == ("cats", "dogs-2")
+    with pytest.raises(ValueError, match="categories has 'a/b': a category names a stage and a folder"):
+        config.read(values | own | {"categories": ["a/b"]})
+
+
+def test_another_model_does_not_take_the_embedded_prompts(values):
+    other = {"model": "sd", "reports": "reports/sd", "models": values["models"] | {"sd": values["models"]["shapes"]}}
+    with pytest.raises(ValueError, match=r"benchmark is 'shapes' and model 'sd': .* only the embedded judge reads them; set another benchmark"):
+        config.read(values | other)
+    config.read(values | other | {"benchmark": "t2i-compbench", "prompts": "data/t2i-compbench"})
 
 
 def test_a_file_that_is_no_mapping_is_named(tmp_path):

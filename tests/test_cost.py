@@ -15,6 +15,7 @@ def values(tiny_pipeline, tmp_path, monkeypatch):
     values = config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
     shipped = {name: str(root / entry) for name, entry in values["models"]["shapes"].items()}
     values["models"]["shapes"] = shipped | {"pipeline": str(tiny_pipeline)}
+    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(root / values["prompts"])
     monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
     params, model = config.read(values), models.load(tiny_pipeline)
     finetuning.add_adapter(model, params.finetune, seed=0)

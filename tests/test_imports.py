@@ -11,7 +11,8 @@ from mitune import config
 PACKAGE = config.root() / "mitune"
 FLOORS = {
     0: {"schema", "processes", "prompts", "statistics", "plots", "captions", "reported"},
-    1: {"recipes", "checks", "config", "geometry", "scenes", "mixture", "denoisers", "loading", "memory", "adapters", "pipelines", "models"},
+    1: {"recipes", "checks", "config", "benchmarks", "geometry", "images", "scenes", "mixture"}
+    | {"denoisers", "loading", "memory", "adapters", "pipelines", "models"},
     2: {"information", "flow", "sampling", "selection", "dora", "finetuning", "merging", "alignment", "quality", "worlds"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -140,7 +140,7 @@ def test_what_nobody_uses_is_removed_when_something_is_made(project):
 
 
 def test_the_code_of_shared_work_is_what_its_module_imports():
-    assert set(memo.sources(prompts.load)) == {"prompts"}
+    assert set(memo.sources(prompts.read_prompts)) == {"prompts"}
     named = set(memo.sources(pool.build))
     assert {"stages.pool", "information", "models", "sampling", "config", "recipes", "checks", "schema", "prompts", "artifacts", "memo", "shards"} <= named
     assert not {"finetuning", "plots", "selection", "stages.scores"} & named

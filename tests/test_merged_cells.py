@@ -28,6 +28,7 @@ def params(values, tiny_pipeline, tmp_path, monkeypatch):
     root = config.root()
     shipped = {name: str(root / entry) for name, entry in values["models"]["shapes"].items()}
     values["models"]["shapes"] = shipped | {"pipeline": str(tiny_pipeline)}
+    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(root / values["prompts"])
     monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
     return config.read(values)
 

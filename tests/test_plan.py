@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from mitune import config, finetuning, models, plan, probe, profiles
+from mitune import config, finetuning, models, plan, probe
 
 SIZES = plan.Sizes(latent=256, adapter=1000)
 COMPBENCH = {"color": 679, "shape": 685, "texture": 695}  # distinct training prompts; 700 in the others; 300 of the test split
@@ -17,14 +17,6 @@ def compbench(category, split):
 
 def changed(**changes):
     return config.read(config.merge(config.read_yaml(config.root() / "params.yaml"), changes))
-
-
-def with_profile(name):
-    """A profile's parameters; of the model and the benchmark that it names only the entry matters here."""
-    values = config.merge(config.read_yaml(config.root() / "params.yaml"), config.read_yaml(profiles.FOLDER / f"{name}.yaml"))
-    values["models"].setdefault("sd21-base", values["models"]["shapes"])
-    known = {entry.name for entry in dataclasses.fields(config.Params)}
-    return config.read({key: value for key, value in values.items() if key in known})
 
 
 def test_the_default_stages_by_hand():
@@ -90,7 +82,8 @@ def test_the_full_profile_has_the_steps_that_were_counted_before():
 
 
 def test_the_papers_profile_is_the_papers_setting():
-    params, stages = with_profile("paper"), plan.plan(with_profile("paper"), SIZES, compbench)
+    params = plan.parameters("paper")
+    stages = plan.plan(params, SIZES, compbench)
     prompts = 679 + 685 + 695 + 3 * 700
     assert stages["pool"].evaluations == (prompts + 6 * params.pool.n_prompts["val"]) * 50 * 50 * 2
     assert stages["finetune"].samples == 6 * 4 * 300 * 400
@@ -102,7 +95,7 @@ def test_the_papers_profile_is_the_papers_setting():
 
 def test_a_gpu_day_is_less_than_a_day():
     """At the rates that the profile names, and with a quarter of the day left for decoding and judging."""
-    stages = plan.plan(with_profile("gpu-day"), plan.Sizes(4 * 64 * 64, 33_000_000), compbench)
+    stages = plan.plan(plan.parameters("gpu-day"), plan.Sizes(4 * 64 * 64, 33_000_000), compbench)
     assert 12 < sum(work.hours(probe.Rates(500, 133)) for work in stages.values()) < 18
 
 

@@ -166,11 +166,12 @@ def test_the_learning_curve_asks_as_the_stages_do(tiny_pipeline, tmp_path, monke
     (scratch / "unet_1-000002.pt").unlink()
     probe, values = toy.probe, config.read_yaml(config.root() / "params.yaml")
     values["models"]["shapes"] |= {"pipeline": str(folder / "pipeline"), "judge": str(SHIPPED / "judge"), "similarity": str(SHIPPED / "similarity")}
-    values["models"]["shapes"]["prompts"] = str(SHIPPED / "prompts")
+    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(SHIPPED / "prompts")
     pool_sizes = {name: getattr(probe, name) for name in ("guidance_scale", "num_inference_steps")} | {"n_prompts": {"val": probe.prompts}, "M": probe.images}
     values |= {"pool": values["pool"] | pool_sizes, "renoise": {"timesteps": probe.timesteps, "noises": 1}, "seed": toy.seed}
     values["estimators"] = values["pretrain"]["probe"]["estimators"]
     values["set"] |= {"paper": "orthogonal", "best": "standard"}
+    values["studies"] = {"common": values["studies"]["common"]}
     ranking = pretraining.learning_curve(toy, folder=folder, scratch=scratch)["ranking"].query("category == 'color'")
     monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
     params = config.read(values)

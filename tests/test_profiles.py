@@ -46,7 +46,7 @@ def test_the_full_profile_changes_nothing_but_the_studies_and_asks_for_prompts_t
         assert cells.keys() <= wider.keys()
         assert all(len(wider[key].seeds) >= len(recipe.seeds) and len(wider[key].categories) >= len(recipe.categories) for key, recipe in cells.items())
     for category in CATEGORIES:
-        prompts = (config.root() / default.models["shapes"].prompts / f"{category}_train.txt").read_text(encoding="utf-8").splitlines()
+        prompts = (config.root() / default.prompts / f"{category}_train.txt").read_text(encoding="utf-8").splitlines()
         assert len(prompts) >= params.studies.common.n_prompts
 
 
@@ -56,10 +56,14 @@ def test_a_profile_is_a_clone_of_its_own_that_goes_on(tmp_path, monkeypatch):
     project = smoke.clone(tmp_path / "project", overlay=None)
     monkeypatch.setenv("MITUNE_ROOT", str(project))
     before = (project / "params.yaml").read_bytes()
+    (project / "data" / "t2i-compbench").mkdir()
+    (project / "data" / "t2i-compbench" / "color_train.txt").write_text("a red car")
     folder = profiles.prepare("full")
     assert folder == project / "profiles" / "full"
     assert "M500_k1" in config.load(folder / "params.yaml").studies.set_size
     assert (project / "params.yaml").read_bytes() == before
+    assert (folder / "data" / "t2i-compbench" / "color_train.txt").read_text() == "a red car"
+    assert (folder / "data" / "shapes").is_dir() and not (folder / "data" / "shapes").is_symlink()
     assert not subprocess.run(["git", "status", "--porcelain"], cwd=project, capture_output=True, text=True, check=True).stdout
     with Repo(str(project)) as repo:
         assert not [stage for stage in repo.index.stages if "profiles" in stage.relpath]

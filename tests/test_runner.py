@@ -119,6 +119,7 @@ def test_a_toy_pipeline_in_a_folder_with_a_space(trivial, tmp_path):
     folder = tmp_path / "with space"
     folder.mkdir()
     (folder / "params.yaml").write_bytes((config.root() / "params.yaml").read_bytes())
+    (folder / "data" / "shapes" / "prompts").mkdir(parents=True)  # without prompts no run begins
     (folder / "stage.ipynb").write_bytes(trivial.read_bytes())
     (folder / "dvc.yaml").write_text(
         "stages:\n  s:\n    foreach: [color, spatial]\n    do:\n"

@@ -19,6 +19,7 @@ def toy(tmp_path, monkeypatch):
     root = config.root()
     values = config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
     shipped = {name: str(root / entry) for name, entry in values["models"]["shapes"].items()}
+    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(root / values["prompts"])
     monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
 
     def of(pipeline, overlay=None, **options):
@@ -60,7 +61,8 @@ def test_a_killed_pool_resumes_to_the_same_bytes(params, monkeypatch):
 def test_a_larger_pool_keeps_the_candidates_of_a_smaller_one(params):
     pool.build(params, "color")
     small = read_tensors(Results(params.model).pool("color", "train"))
-    values = {"model": params.model, "models": {"shapes": dict(vars(params.models["shapes"]))}, "device": "cpu", "dtype": "float32", "seed": params.seed}
+    shapes = {"models": {"shapes": dict(vars(params.models["shapes"]))}, "benchmark": "shapes", "benchmarks": params.benchmarks}
+    values = {"model": params.model, "device": "cpu", "dtype": "float32", "seed": params.seed, **shapes}
     larger = {**vars(params.pool), "n_prompts": dict(params.pool.n_prompts), "M": params.pool.M + 2}
     pool.build(config.read(values | {"pool": larger}), "color")
     large = read_tensors(Results(params.model).pool("color", "train"))
@@ -131,6 +133,14 @@ def test_the_default_profile_asks_for_no_more_prompts_than_are_shipped():
     for category in params.categories:
         for split, n in (*params.pool.n_prompts.items(), *vars(params.information.n_prompts).items()):
             assert len(read_prompts(params, category, split, n)) == n
+
+
+def test_the_embedded_model_is_asked_only_what_its_judge_reads(params, tmp_path):
+    (tmp_path / "mine.csv").write_text("prompt,split\na red circle and a blue square,train\na green bench and a blue bowl,test\n")
+    own = config.Declared(vars(params) | {"benchmark": "mine", "benchmarks": {"mine": config.Benchmark("mine.csv")}})
+    assert [item.text for item in read_prompts(own, "mine", "train")] == ["a red circle and a blue square"]
+    with pytest.raises(ValueError, match=r"benchmark 'mine', mine test, prompt 1: .*'a green bench and a blue bowl'.* reads only its grammar"):
+        read_prompts(own, "mine", "test")
 
 
 def test_an_evaluation_takes_all_prompts_where_there_are_fewer_than_asked_for(params):

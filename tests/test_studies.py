@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mitune import artifacts, config, networks, reading, repro, smoke, tradeoff
 from mitune.artifacts import Results, read_table
@@ -29,6 +30,7 @@ def params(values, tiny_pipeline, tmp_path, monkeypatch):
     root = config.root()
     shipped = {name: str(root / entry) for name, entry in values["models"]["shapes"].items()}
     values["models"]["shapes"] = shipped | {"pipeline": str(tiny_pipeline)}
+    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(root / values["prompts"])
     monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
     return config.read(values)
 
@@ -262,6 +264,30 @@ def test_a_mixture_has_exactly_its_share_of_the_best_real_pairs(params, share, c
     whole, of_pool = steps.keep(steps.candidates(params, recipe, "color"), recipe, seed=params.seed, draw=0)
     rows = whole.reset_index().merge(chosen[chosen["source"] == "pool"], on=["prompt_id", "image"])["index"].tolist()
     assert len(rows) == 20 - count and torch.equal(latents[: 20 - count], of_pool[rows])
+
+
+def test_another_model_is_given_real_images_at_its_own_size(params, tmp_path):
+    """Oracle: the pictures as PIL made them, encoded by the pipeline's own autoencoder."""
+    from diffusers import AutoencoderKL
+
+    other = config.Declared(vars(params) | {"model": "sd", "models": {"sd": params.models["shapes"]}, "real_images": "photographs"})
+    recipe = recipe_of(params, real=1.0, real_pairs=3, select="random")
+    with pytest.raises(ValueError, match="photographs is missing: give a folder of images"):
+        steps.real_candidates(other, recipe, "color")
+    (tmp_path / "photographs").mkdir()
+    for n in range(4):
+        Image.new("RGB", (40, 33), (60 * n, 0, 0)).save(tmp_path / "photographs" / f"{n}.png")
+        (tmp_path / "photographs" / f"{n}.txt").write_text(f"red {60 * n}")
+    found = steps.real_candidates(other, recipe, "color")
+    vae = AutoencoderKL.from_pretrained(params.models["shapes"].pipeline, subfolder="vae", torch_dtype=torch.float32)
+    assert len({item.text for item in found.prompts}) == 3
+    for item, latents in zip(found.prompts, found.latents, strict=True):
+        picture = torch.tensor([float(item.text.split()[1]), 0.0, 0.0])[:, None, None].expand(1, 3, 64, 64) / 127.5 - 1
+        with torch.no_grad():
+            expected = vae.encode(picture).latent_dist.mean * vae.config.scaling_factor
+        torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"real is 1\.0 and real_images has none: name a folder"):
+        steps.real_candidates(config.Declared(vars(other) | {"real_images": None}), recipe, "color")
 
 
 def test_web_captions_are_wrong_and_clean_ones_true(params):

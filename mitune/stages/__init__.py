@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mitune import config, models, pipelines, prompts
+from mitune import captions, config, models, pipelines
+from mitune.benchmarks import Benchmark
+from mitune.prompts import Prompt
 
 
 def path(entry: str) -> Path | str:
@@ -43,11 +45,25 @@ def open_model(params, *, adapter: Path | Sequence[Path] | None = None, dtype: s
     return models.load(**weights(params), device=params.device, dtype=dtype or params.dtype, adapter=adapter, images=images)
 
 
-def read_prompts(params, category: str, split: str, n: int | None = None) -> list[prompts.Prompt]:
-    """The first n prompts of a split, all by default. Raises ValueError where it has fewer."""
-    return prompts.load(path(params.models[params.model].prompts), category, split, n)
+def open_benchmark(params) -> Benchmark:
+    """The benchmark that the parameters name."""
+    entry = vars(params.benchmarks[params.benchmark])
+    return Benchmark(config.root() / entry["prompts"], **{name: value for name, value in entry.items() if name != "prompts"})
+
+
+def read_prompts(params, category: str, split: str, n: int | None = None) -> list[Prompt]:
+    """The first n prompts of a split, all by default. Raises ValueError where it has fewer, and for a prompt that the embedded model cannot be asked for."""
+    items = open_benchmark(params).load(category, split, n)
+    if params.model == "shapes":
+        for item in items:
+            try:
+                captions.parse(item.text)
+            except ValueError as error:
+                where = f"benchmark {params.benchmark!r}, {category} {split}, prompt {item.prompt_id}"
+                raise ValueError(f"{where}: {error}: the embedded judge reads only its grammar; set another model, or benchmark: shapes") from None
+    return items
 
 
 def has_split(params, category: str, split: str) -> bool:
     """Whether the benchmark has prompts of this split: compositional prompts, for one, are not everywhere."""
-    return (Path(path(params.models[params.model].prompts)) / f"{category}_{split}.txt").is_file()
+    return split in open_benchmark(params).prompts(category)

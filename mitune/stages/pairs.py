@@ -1,14 +1,38 @@
-"""Captioned images from the distribution that the base was pretrained on: what plays the part of real images where a study mixes them in."""
+"""Captioned images that the model did not make, where a study mixes them in: real ones or, of the embedded model, from its pretraining distribution."""
 
 from __future__ import annotations
 
 import torch
 
 from mitune import captions as grammar
-from mitune import scenes
+from mitune import config, images, scenes
 from mitune.corpus import CaptionNoise, sample_captions, web_captions
 from mitune.recipes import Recipe
 from mitune.sampling import noise_generator
+
+
+def key(params, recipe: Recipe, category: str) -> tuple:
+    """All that `encoded` depends on beside the model; of real images their names and captions, not their bytes."""
+    if params.model == "shapes":
+        return params.seed, category, recipe.real_pairs, recipe.real_captions, recipe.real_from, dict(params.pretrain)
+    return tuple((item.name, item.caption) for item in real(params, recipe))
+
+
+def encoded(params, recipe: Recipe, category: str, model) -> tuple[torch.Tensor, list[str]]:
+    """Latents (N, C, h, w) of `real_pairs` images and their captions: `draw`n ones of the embedded model, of any other `real` ones."""
+    if params.model == "shapes":
+        pictures, texts = draw(params, recipe, category)
+        return model.encode_images(pictures), texts
+    items, size = real(params, recipe), model.latent_shape[-1] * model.pipeline.vae_scale_factor
+    parts = [items[start : start + params.pool.batch_size] for start in range(0, len(items), params.pool.batch_size)]
+    return torch.cat([model.encode_images(images.pixels(part, size)) for part in parts]), [item.caption for item in items]
+
+
+def real(params, recipe: Recipe) -> list[images.Captioned]:
+    """`real_pairs` of the images in `real_images`. Raises ValueError where there are none or fewer."""
+    if params.real_images is None:
+        raise ValueError(f"real is {recipe.real} and real_images has none: name a folder or tar shards of captioned images there, or remove the cell")
+    return images.draw(images.captioned(config.root() / params.real_images), recipe.real_pairs, params.seed)
 
 
 def draw(params, recipe: Recipe, category: str) -> tuple[torch.Tensor, list[str]]:

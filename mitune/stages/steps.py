@@ -133,12 +133,11 @@ def real_candidates(params, recipe: Recipe, category: str, *on: Path) -> Candida
     """`real_pairs` captioned images that no model made, each the one candidate of its caption, and their scores by the model with the adapters `on`."""
 
     def make(folder: Path) -> None:
-        images, texts = pairs.draw(params, recipe, category)
-        write_tensors({"latents": open_model(params).encode_images(images)[:, None]}, folder / "block.safetensors")
+        latents, texts = pairs.encoded(params, recipe, category, open_model(params))
+        write_tensors({"latents": latents[:, None]}, folder / "block.safetensors")
         write_json(texts, folder / "captions.json")
 
-    key = (params.seed, category, recipe.real_pairs, recipe.real_captions, recipe.real_from, dict(params.pretrain))
-    block = shared("real", *_base(params), *key, make=make)
+    block = shared("real", *_base(params), *pairs.key(params, recipe, category), make=make)
     items = [Prompt(n, text) for n, text in enumerate(read_json(block / "captions.json"))]
     scored = None if recipe.select == "random" else _score_block(params, recipe, items, block, *on)
     return Candidates(
