@@ -1,7 +1,8 @@
 """Alignment scores: images and prompts in, one number each out.
 
 Every one has `score(images, prompts) -> (N,) float32` with images (N, 3, H, W) in [-1, 1] and one prompt an image, higher meaning
-better aligned. `ShapesJudge` plays BLIP-VQA's role in the rendered world, `Similarity` that of HPS or CLIPScore.
+better aligned; a judge also has `assess(images, prompts)`: the scores, and what is wrong with each image, one of its `FAILURES`.
+`ShapesJudge` plays BLIP-VQA's role in the rendered world, `Similarity` that of HPS or CLIPScore.
 """
 
 from __future__ import annotations
@@ -71,12 +72,15 @@ class ShapesJudge(nn.Module):
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Probability (N,) that each image shows its prompt: the product over noun phrases and relation. Raises ValueError for a prompt outside the grammar."""
-        return torch.tensor([math.prod(value for _, value in parts) for parts in self.parts(images, prompts)], dtype=torch.float32)
+        return self.assess(images, prompts)[0]
 
-    def failures(self, images: torch.Tensor, prompts: list[str]) -> list[str]:
-        """What is wrong with each image: "neglect" (an object is missing), "binding" (an attribute is wrong), "layout" (the relation is), or "none"."""
-        doubtful = [{kind for kind, value in parts if value < 0.5} for parts in self.parts(images, prompts)]
-        return [next((kind for kind in self.FAILURES[1:] if kind in kinds), "none") for kinds in doubtful]
+    def assess(self, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, list[str]]:
+        """The scores, and what is wrong with each image: "neglect" (an object is missing), "binding" (an attribute is wrong), "layout" (the relation is),
+        or "none"."""
+        found = self.parts(images, prompts)
+        scores = torch.tensor([math.prod(value for _, value in parts) for parts in found], dtype=torch.float32)
+        doubtful = [{kind for kind, value in parts if value < 0.5} for parts in found]
+        return scores, [next((kind for kind in self.FAILURES[1:] if kind in kinds), "none") for kinds in doubtful]
 
     @torch.inference_mode()
     def parts(self, images: torch.Tensor, prompts: list[str], *, batch_size: int = 512) -> list[list[tuple[str, float]]]:
@@ -172,7 +176,12 @@ def image_features(model, images: torch.Tensor) -> torch.Tensor:
     size = model.config.vision_config.image_size
     if images.shape[-1] != size:
         images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
-    return model.visual_projection(model.vision_model(pixel_values=images.to(model.device)).pooler_output)
+    return embedded(model, images.to(model.device))
+
+
+def embedded(model, pixels: torch.Tensor) -> torch.Tensor:
+    """Projected embeddings (N, d) of what a CLIPModel's image tower takes."""
+    return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from mitune.judges import check_judge
 from mitune.recipes import ARMS, RULES, Common, Merge, Recipe, Studies, Tuning, complete
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")  # T2I-CompBench's names
@@ -18,7 +19,7 @@ OF_ONE_ROUND = {"rounds": 1, "real": 0.0, "pool_adapter": None, "val_prompts": 0
 
 def check(given: Mapping[str, Any]) -> None:
     """Conditions between values, of those keys that are given."""
-    for condition in (_check_names, _check_benchmarks, _check_estimators, _check_sizes, _check_studies):
+    for condition in (_check_names, _check_benchmarks, _check_judges, _check_estimators, _check_sizes, _check_studies):
         condition(given)
 
 
@@ -65,6 +66,16 @@ def _check_categories(where: str, entries: tuple, given: Mapping[str, Any]) -> N
     for entry in entries:
         if not re.fullmatch(r"\w[\w-]*", entry):
             raise ValueError(f"{where} has {entry!r}: a category names a stage and a folder; it takes letters, digits, _ and -")
+
+
+def _check_judges(given: Mapping[str, Any]) -> None:
+    for name, model in given.get("models", {}).items():
+        _check_categories(f"models.{name}.judges", tuple(model.judges or ()), given)
+        judges = {"judge": model.judge, "similarity": model.similarity, "features": model.features}
+        judges |= {f"judges.{category}": judge for category, judge in (model.judges or {}).items()}
+        for role, judge in judges.items():
+            if judge:
+                check_judge(judge, f"models.{name}.{role}")
 
 
 def _check_estimators(given: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mitune.checks import check
+from mitune.judges import Features, Judge, Similarity
 from mitune.recipes import ARMS, Finetune, Studies
 from mitune.schema import Count, Index, Positive, Range, Rate, Scale, Several, Size, Steps, build
 
@@ -35,8 +36,10 @@ class Model(Options):
     pipeline's folder comes from."""
 
     pipeline: str
-    judge: str
-    similarity: str
+    judge: Judge
+    similarity: Similarity
+    judges: dict[str, Judge] | None = None
+    features: Features | None = None
     unet: str | None = None
     vae: str | None = None
     hub: str | None = None

@@ -6,9 +6,12 @@ where the images fit their prompts better.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 SIGMA = 10.0  # of CMMD's kernel, as published
+ROWS = 1024  # of a kernel computed at once
 IMAGES_A_DIMENSION = 5  # below it the sample covariance is too poor for a Frechet distance
 
 
@@ -21,13 +24,31 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
     Raises:
         ValueError: fewer than `IMAGES_A_DIMENSION` d images.
     """
-    x, y = _features(x, y)
-    fewest, d = min(len(x), len(y)), x.shape[1]
+    return frechet_of(*map(Moments.of, _features(x, y)))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a Frechet distance knows of features: the mean (d,), the covariance (d, d) with N - 1, and N."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    n: int
+
+    @classmethod
+    def of(cls, x: np.ndarray) -> Moments:
+        (x,) = _features(x)
+        return cls(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)), len(x))
+
+
+def frechet_of(x: Moments, y: Moments) -> float:
+    """`frechet` from the moments."""
+    fewest, d = min(x.n, y.n), len(x.mean)
     if fewest < IMAGES_A_DIMENSION * d:
         raise ValueError(f"{fewest} images of {d} features are too few for a Frechet distance, which takes {IMAGES_A_DIMENSION * d}; project them, or use cmmd")
-    of_x, of_y = (np.atleast_2d(np.cov(part, rowvar=False)) for part in (x, y))
-    root = _root(of_x)
-    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(of_x) + np.trace(of_y) - 2 * np.trace(_root(root @ of_y @ root)))
+    root = _root(x.covariance)
+    apart = ((x.mean - y.mean) ** 2).sum()
+    return float(apart + np.trace(x.covariance) + np.trace(y.covariance) - 2 * np.trace(_root(root @ y.covariance @ root)))
 
 
 def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = SIGMA) -> float:
@@ -43,13 +64,19 @@ def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = SIGMA) -> float:
     x, y = map(unit, _features(x, y))
     if min(len(x), len(y)) < 2:
         raise ValueError(f"{len(x)} and {len(y)} images: an unbiased MMD takes at least two of each")
-    return cmmd_of(gaussian(x, x, sigma), gaussian(y, y, sigma), gaussian(x, y, sigma))
+    of_x, of_y, between = (sum(gaussian(a[n : n + ROWS], b, sigma).sum() for n in range(0, len(a), ROWS)) for a, b in ((x, x), (y, y), (x, y)))
+    return _cmmd((of_x, len(x)), (of_y, len(y)), between / (len(x) * len(y)))
 
 
 def cmmd_of(of_x: np.ndarray, of_y: np.ndarray, between: np.ndarray) -> float:
     """`cmmd` from the kernel's values of the features among themselves, (N, N) and (M, M), 1 on the diagonal, and of each with each (N, M)."""
-    within = [(kernel.sum() - len(kernel)) / (len(kernel) * (len(kernel) - 1)) for kernel in (of_x, of_y)]
-    return float(1000 * (sum(within) - 2 * between.mean()))
+    return _cmmd((of_x.sum(), len(of_x)), (of_y.sum(), len(of_y)), between.mean())
+
+
+def _cmmd(of_x: tuple[float, int], of_y: tuple[float, int], between: float) -> float:
+    """From the sum of the kernel's values and the number of images of each, and the mean between them."""
+    within = [(total - n) / (n * (n - 1)) for total, n in (of_x, of_y)]
+    return float(1000 * (sum(within) - 2 * between))
 
 
 def gaussian(x: np.ndarray, y: np.ndarray, sigma: float) -> np.ndarray:

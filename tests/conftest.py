@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mitune import config
+
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> Path:
@@ -86,3 +88,12 @@ def tiny_sd3(tmp_path_factory) -> Path:
         )  # fmt: skip
     pipeline.save_pretrained(folder / "pipeline")
     return folder / "pipeline"
+
+
+@pytest.fixture
+def toy_model(tiny_pipeline) -> dict:
+    """The entry of the model `shapes` with that pipeline, its judges wherever the project's folder is."""
+    root = config.root()
+    entry = config.read_yaml(root / "params.yaml")["models"]["shapes"]
+    judges = {role: entry[role] | {"weights": str(root / entry[role]["weights"])} for role in ("judge", "similarity")}
+    return judges | {"pipeline": str(tiny_pipeline)}

@@ -9,15 +9,14 @@ from mitune.stages import cost
 
 
 @pytest.fixture
-def values(tiny_pipeline, tmp_path, monkeypatch):
+def values(toy_model, tmp_path, monkeypatch):
     """Toy parameters as plain values, in a project folder of their own where an adapter lies."""
     root = config.root()
     values = config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
-    shipped = {name: str(root / entry) for name, entry in values["models"]["shapes"].items()}
-    values["models"]["shapes"] = shipped | {"pipeline": str(tiny_pipeline)}
+    values["models"]["shapes"] = toy_model
     values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(root / values["prompts"])
     monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
-    params, model = config.read(values), models.load(tiny_pipeline)
+    params, model = config.read(values), models.load(toy_model["pipeline"])
     finetuning.add_adapter(model, params.finetune, seed=0)
     with torch.no_grad():
         for parameter in finetuning.trained_parameters(model).values():

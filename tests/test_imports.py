@@ -10,10 +10,25 @@ from mitune import config
 
 PACKAGE = config.root() / "mitune"
 FLOORS = {
-    0: {"schema", "processes", "prompts", "statistics", "plots", "captions", "reported"},
-    1: {"recipes", "checks", "config", "benchmarks", "geometry", "images", "scenes", "mixture"}
-    | {"denoisers", "loading", "memory", "adapters", "pipelines", "models"},
-    2: {"information", "flow", "sampling", "selection", "dora", "finetuning", "merging", "alignment", "quality", "worlds"},
+    0: {"schema", "processes", "prompts", "pixels", "language", "statistics", "plots", "captions", "reported"},
+    1: {"judges", "recipes", "checks", "config", "benchmarks", "geometry", "images", "scenes", "mixture"}
+    | {"denoisers", "loading", "memory", "adapters", "pipelines", "models", "pretrained"},
+    2: {
+        "information",
+        "flow",
+        "sampling",
+        "selection",
+        "dora",
+        "finetuning",
+        "merging",
+        "alignment",
+        "vqa",
+        "spatial",
+        "clip",
+        "features",
+        "quality",
+        "worlds",
+    },
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SOURCES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"}

@@ -23,12 +23,10 @@ def values():
 
 
 @pytest.fixture
-def params(values, tiny_pipeline, tmp_path, monkeypatch):
+def params(values, toy_model, tmp_path, monkeypatch):
     """Toy parameters in a project folder of their own, with the shipped prompts and judges."""
-    root = config.root()
-    shipped = {name: str(root / entry) for name, entry in values["models"]["shapes"].items()}
-    values["models"]["shapes"] = shipped | {"pipeline": str(tiny_pipeline)}
-    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(root / values["prompts"])
+    values["models"]["shapes"] = toy_model
+    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(config.root() / values["prompts"])
     monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
     return config.read(values)
 

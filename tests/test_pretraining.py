@@ -165,7 +165,8 @@ def test_the_learning_curve_asks_as_the_stages_do(tiny_pipeline, tmp_path, monke
     toy, folder, scratch = toy_curve(tiny_pipeline, tmp_path)
     (scratch / "unet_1-000002.pt").unlink()
     probe, values = toy.probe, config.read_yaml(config.root() / "params.yaml")
-    values["models"]["shapes"] |= {"pipeline": str(folder / "pipeline"), "judge": str(SHIPPED / "judge"), "similarity": str(SHIPPED / "similarity")}
+    values["models"]["shapes"] |= {"pipeline": str(folder / "pipeline"), "judge": {"kind": "shapes", "weights": str(SHIPPED / "judge")}}
+    values["models"]["shapes"]["similarity"] = {"kind": "cosine", "weights": str(SHIPPED / "similarity")}
     values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(SHIPPED / "prompts")
     pool_sizes = {name: getattr(probe, name) for name in ("guidance_scale", "num_inference_steps")} | {"n_prompts": {"val": probe.prompts}, "M": probe.images}
     values |= {"pool": values["pool"] | pool_sizes, "renoise": {"timesteps": probe.timesteps, "noises": 1}, "seed": toy.seed}

@@ -1,13 +1,15 @@
 """Oracles: closed forms for Gaussians, a naive double loop, and collections whose variety is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from scipy import linalg
 
-from mitune.quality import cmmd, frechet, gaussian, principal, unit, vendi, vendi_of
+from mitune import quality
+from mitune.quality import Moments, cmmd, cmmd_of, frechet, frechet_of, gaussian, principal, unit, vendi, vendi_of
 
 
 @pytest.fixture
@@ -50,7 +52,22 @@ def test_frechet_is_refused_below_five_images_a_dimension(rng):
     assert "\n" not in str(error.value)
 
 
+def test_moments_are_all_that_frechet_needs(rng):
+    x, y = rng.normal(size=(60, 5)), rng.normal(size=(80, 5)) + 0.5
+    known = Moments(x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)) / 59, 60)
+    assert_allclose(frechet_of(known, Moments.of(y)), frechet(x, y), rtol=1e-9)
+    with pytest.raises(ValueError, match="24 images of 5 features are too few"):
+        frechet_of(replace(known, n=24), Moments.of(y))
+
+
 # ---------------------------------------------------------------- CMMD
+
+
+def test_cmmd_in_blocks_is_that_of_the_whole_kernels(rng, monkeypatch):
+    x, y = unit(rng.normal(size=(7, 3))), unit(rng.normal(size=(9, 3)) + 0.5)
+    whole = cmmd_of(gaussian(x, x, 10.0), gaussian(y, y, 10.0), gaussian(x, y, 10.0))
+    monkeypatch.setattr(quality, "ROWS", 2)
+    assert_allclose(cmmd(x, y), whole, rtol=1e-9)
 
 
 def test_cmmd_is_a_double_loop(rng):

@@ -14,16 +14,15 @@ from mitune.stages import evaluate, finetune, information, open_model, pool, rea
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
+def toy(toy_model, tmp_path, monkeypatch):
     """Toy parameters in a project folder of their own, with the shipped prompts and judges, of another pipeline and with other entries."""
     root = config.root()
     values = config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
-    shipped = {name: str(root / entry) for name, entry in values["models"]["shapes"].items()}
     values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(root / values["prompts"])
     monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
 
     def of(pipeline, overlay=None, **options):
-        values["models"]["shapes"] = shipped | {"pipeline": str(pipeline)} | options
+        values["models"]["shapes"] = toy_model | {"pipeline": str(pipeline)} | options
         return config.read(config.merge(values, overlay or {}))
 
     return of

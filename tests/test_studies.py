@@ -25,12 +25,10 @@ def values():
 
 
 @pytest.fixture
-def params(values, tiny_pipeline, tmp_path, monkeypatch):
+def params(values, toy_model, tmp_path, monkeypatch):
     """Toy parameters in a project folder of their own, with the shipped prompts and judges."""
-    root = config.root()
-    shipped = {name: str(root / entry) for name, entry in values["models"]["shapes"].items()}
-    values["models"]["shapes"] = shipped | {"pipeline": str(tiny_pipeline)}
-    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(root / values["prompts"])
+    values["models"]["shapes"] = toy_model
+    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(config.root() / values["prompts"])
     monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
     return config.read(values)
 
@@ -239,11 +237,11 @@ def test_a_later_round_is_the_earlier_rounds_model_trained_on_its_own_images(par
 def test_a_score_is_of_the_model_that_it_is_asked_of(params):
     recipe = recipe_of(params, M=2, select="standard")
     trained = steps.tuned(params, recipe, "color", seed=0).adapters
-    items, block = (
-        steps.read_prompts(params, "color", "train", 4),
-        steps._pool_block(params, recipe, "color", steps.read_prompts(params, "color", "train", 4), 0),
+    items = steps.read_prompts(params, "color", "train", 4)
+    block = steps._pool_block(params, recipe, "color", items, 0)
+    own, others = (
+        artifacts.read_tensors(steps._score_block(params, recipe, "color", items, block, *on) / "block.safetensors")["score"] for on in ((), trained)
     )
-    own, others = (artifacts.read_tensors(steps._score_block(params, recipe, items, block, *on) / "block.safetensors")["score"] for on in ((), trained))
     assert not torch.equal(own, others)
 
 

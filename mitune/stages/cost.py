@@ -129,7 +129,7 @@ def recorded(params) -> dict[str, float]:
 
 def _open(params) -> Iterator[Job]:
     """A model and the judges and nothing else: what every part's memory begins with."""
-    yield "model", 1, 1, lambda: (open_model(params), judging.open_judges(params))
+    yield "model", 1, 1, lambda: (open_model(params), judging.open_judges(params, params.categories[0]))
 
 
 def _pool(params) -> Iterator[Job]:
@@ -151,7 +151,7 @@ def _scores(params) -> Iterator[Job]:
 
 
 def _judge(params) -> Iterator[Job]:
-    model, judges, m = open_model(params), judging.open_judges(params), params.cost.M
+    model, judges, m = open_model(params), judging.open_judges(params, params.categories[0]), params.cost.M
     latents, texts = _latents(params, model), [text for text in _texts(params) for _ in range(m)]
 
     def compute(some) -> dict[str, torch.Tensor]:

@@ -10,18 +10,18 @@ from mitune.memo import scratch
 from mitune.sampling import noise_generator, sample
 from mitune.shards import progress, shards
 from mitune.stages import has_split, open_model, read_prompts, weights
-from mitune.stages.judging import image_rows, judged, open_judges
+from mitune.stages.judging import image_rows, judges_key, open_judges
 
 
 def build(params, category: str) -> pd.DataFrame:
     """Write `evaluation/{category}/images.parquet`, a row an image, and `grids.safetensors`, the first images of the first prompts (uint8)."""
-    results, config, judges = Results(params.model), params.evaluate, open_judges(params)
+    results, config, judges = Results(params.model), params.evaluate, open_judges(params, category)
     asked = {"test": config.n_prompts, "comp": config.comp_prompts if has_split(params, category, "comp") else 0}
     splits = {split: read_prompts(params, category, split)[:n] for split, n in asked.items() if n}
     arms = ("base", *params.arms)
     total = len(arms) * len(config.guidance_scales) * sum(map(len, splits.values()))
     frames, grids = [], {}
-    key = (config, params.seed, params.dtype, *weights(params).values(), *(results.adapter(category, arm) for arm in arms[1:]))
+    key = (config, params.seed, params.dtype, *weights(params).values(), *judges_key(params, category), *(results.adapter(category, arm) for arm in arms[1:]))
     with scratch(f"evaluate-{category}", *key) as folder, progress(total, f"evaluate {category}", unit="prompt") as bar:
         for arm in arms:
             model = open_model(params, adapter=None if arm == "base" else results.adapter(category, arm))
@@ -52,8 +52,9 @@ def evaluator(model, judges, config, guidance_scale: float, seed: int):
             generators=[noise_generator(seed, item.text, image) for item, image in rows],
         )  # fmt: skip
         images, texts = model.decode(samples.latents), [item.text for item, _ in rows]
-        failures = judges[0].failures(images, texts)
-        values = judged(judges, images, texts) | {"failure": torch.tensor([judges[0].FAILURES.index(failure) for failure in failures])}
+        scores, failures = judges[0].assess(images, texts)
+        values = {"judge": scores, "similarity": judges[1].score(images, texts)}
+        values["failure"] = torch.tensor([judges[0].FAILURES.index(failure) for failure in failures])
         values["features"] = judges[1].features(images).half().cpu()
         shaped = {name: value.unflatten(0, (len(items), config.images)) for name, value in values.items()}
         return shaped | {"picture": ((images + 1) * 127.5).round().to(torch.uint8).unflatten(0, (len(items), config.images))[:, 0]}

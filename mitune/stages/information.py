@@ -16,8 +16,8 @@ from mitune.memo import scratch
 from mitune.prompts import Prompt
 from mitune.sampling import noise_generator, noises
 from mitune.shards import progress, shards
-from mitune.stages import open_model, path, read_prompts, weights
-from mitune.stages.judging import image_rows, judged, open_judges
+from mitune.stages import open_model, read_prompts, weights
+from mitune.stages.judging import image_rows, judged, judges_key, open_judges
 from mitune.stages.pool import TRAJECTORY, sampler
 
 FORMS = ("orthogonal", "standard")
@@ -28,17 +28,16 @@ ERRORS = {"swap": "binding", "replace": "binding", "layout": "layout", "object":
 
 def build(params, category: str) -> dict[str, pd.DataFrame]:
     """Write `information/{category}/`: the tables `candidates`, `stepped` and `rendered`, which are returned, and their terms (`reading.information_terms`)."""
-    model, judges, config, results = open_model(params), open_judges(params), params.information, Results(params.model)
+    model, judges, config, results = open_model(params), open_judges(params, category), params.information, Results(params.model)
     items = {split: read_prompts(params, category, split, n) for split, n in vars(config.n_prompts).items()}
     texts = {split: [item.text for item in of_split] for split, of_split in items.items()}
-    source = params.models[params.model]
     study = params.pool.guidance_scale
     asked = {("candidates", scale): _candidates(model, judges, params, scale, config.num_inference_steps) for scale in config.guidance_scales}
     asked |= {("stepped", steps): _candidates(model, judges, params, study, steps) for steps in config.step_grid}
     asked["rendered", None] = _rendered(model, params)
     measured = {"val": [("candidates", study)], "test": list(asked)}  # estimators are chosen on val, which needs no more
     total = sum(len(measured[split]) * len(of_split) for split, of_split in items.items())
-    key = (config, study, params.seed, params.dtype, texts, *weights(params).values(), *map(path, (source.judge, source.similarity)))
+    key = (config, study, params.seed, params.dtype, texts, *weights(params).values(), *judges_key(params, category))
     with scratch(f"information-{category}", *key) as folder, progress(total, f"information {category}", unit="prompt") as bar:
         cells = {
             (split, *what): shards(folder / "-".join(map(str, (split, *what))), of_split, config.shard_prompts, asked[what], device=params.device, progress=bar)

@@ -11,19 +11,19 @@ from mitune.memo import scratch
 from mitune.sampling import noises
 from mitune.shards import progress, shards
 from mitune.stages import open_model, read_prompts, weights
-from mitune.stages.judging import image_rows, judged, open_judges
+from mitune.stages.judging import image_rows, judged, judges_key, open_judges
 
 
 def build(params, category: str) -> pd.DataFrame:
     """Write the re-noised terms of each split and the table `scores.parquet`, which is returned."""
-    model, judges, results = open_model(params), open_judges(params), Results(params.model)
+    model, judges, results = open_model(params), open_judges(params, category), Results(params.model)
     timesteps = renoised_timesteps(len(model.alphas_cumprod), params.renoise.timesteps).repeat(params.renoise.noises)
     frames = []
     for split, n in params.pool.n_prompts.items():
         items = read_prompts(params, category, split)[:n]
         pool = read_tensors(results.pool(category, split))
         compute = _scorer(model, judges, items, pool["latents"], timesteps, params)
-        key = (params.renoise, params.seed, params.dtype, pool["latents"], *weights(params).values())
+        key = (params.renoise, params.seed, params.dtype, pool["latents"], *weights(params).values(), *judges_key(params, category))
         with scratch(f"scores-{category}-{split}", *key) as folder, progress(len(items), f"scores {category} {split}", unit="prompt") as bar:
             terms = shards(folder, range(len(items)), params.pool.shard_prompts, compute, device=params.device, progress=bar)
             renoised = {f"renoised_{name}": terms[name] for name in FORMS if name in terms} | {"renoised_timesteps": timesteps}

@@ -24,7 +24,7 @@ from mitune.recipes import Recipe
 from mitune.sampling import noise_generator, noises
 from mitune.selection import select, select_random
 from mitune.shards import progress, shards
-from mitune.stages import judging, open_model, pairs, path, read_prompts, weights
+from mitune.stages import judging, open_model, pairs, read_prompts, weights
 from mitune.stages.evaluate import evaluator, tabulate
 from mitune.stages.pool import sampler
 
@@ -71,7 +71,7 @@ def tuned(params, recipe: Recipe, category: str, *, seed: int) -> Tuned:
         chosen, latents, pools = fine_tuning_set(params, recipe, category, *makers, seed=seed, first=(number - 1) * width)
         trained = adapter(params, recipe, latents, list(chosen["prompt"]), *adapters, seed=seed)
         adapters = (*adapters, trained)
-        alignment = read_tensors(judged(params, latents, list(chosen["prompt"])) / "block.safetensors")
+        alignment = read_tensors(judged(params, category, latents, list(chosen["prompt"])) / "block.safetensors")
         sets.append(chosen.assign(round=number, **{name: values.double().numpy() for name, values in alignment.items()}))
         later = f"-{number}" if number > 1 else ""
         times["finetune"][f"{category}-{seed}{later}"] = seconds(trained)
@@ -112,7 +112,7 @@ def candidates(params, recipe: Recipe, category: str, *on: Path, first: int = 0)
     by the same model."""
     items = read_prompts(params, category, "train", recipe.n_prompts)
     blocks = [_pool_block(params, recipe, category, items, start, *on) for start in range(first, first + recipe.M, recipe.block)]
-    scored = [] if recipe.select == "random" else [_score_block(params, recipe, items, block, *on) for block in blocks]
+    scored = [] if recipe.select == "random" else [_score_block(params, recipe, category, items, block, *on) for block in blocks]
     latents, score = ([read_tensors(folder / "block.safetensors")[name] for folder in of] for name, of in (("latents", blocks), ("score", scored)))
     return Candidates(
         items, torch.cat(latents, 1)[:, : recipe.M], torch.cat(score, 1)[:, : recipe.M] if score else None,
@@ -139,7 +139,7 @@ def real_candidates(params, recipe: Recipe, category: str, *on: Path) -> Candida
 
     block = shared("real", *_base(params), *pairs.key(params, recipe, category), make=make)
     items = [Prompt(n, text) for n, text in enumerate(read_json(block / "captions.json"))]
-    scored = None if recipe.select == "random" else _score_block(params, recipe, items, block, *on)
+    scored = None if recipe.select == "random" else _score_block(params, recipe, category, items, block, *on)
     return Candidates(
         items, read_tensors(block / "block.safetensors")["latents"], read_tensors(scored / "block.safetensors")["score"] if scored else None,
         evaluations={"pool": 0, "scores": 2 * len(items) * _times(params, recipe.select)},
@@ -215,13 +215,13 @@ def reference(params, recipe: Recipe, category: str, *, split: str = "test") -> 
     texts = [item.text for item in evaluated_prompts(params, recipe, category, split)]
 
     def make(folder: Path) -> None:
-        model, (_, similarity) = open_model(params), judging.open_judges(params)
+        model, (_, similarity) = open_model(params), judging.open_judges(params, category)
         images = pairs.rendered(texts, recipe.reference_images, params.seed, "reference").flatten(0, 1)
         others = pairs.rendered(texts, recipe.test_images, params.seed, "decoded").flatten(0, 1)
         found = {"reference": similarity.features(images), "decoded": similarity.features(model.decode(model.encode_images(others)))}
         write_tensors({name: values.half().cpu() for name, values in found.items()}, folder / "features.safetensors")
 
-    key = (*_base(params), *_judges(params), params.seed, recipe.reference_images, recipe.test_images, texts)
+    key = (*_base(params), *judging.judges_key(params, category), params.seed, recipe.reference_images, recipe.test_images, texts)
     return read_tensors(shared("reference", *key, make=make) / "features.safetensors")
 
 
@@ -230,13 +230,14 @@ def evaluated_prompts(params, recipe: Recipe, category: str, split: str) -> list
     return read_prompts(params, category, split)[: {"test": recipe.test_prompts, "val": recipe.val_prompts}[split]]
 
 
-def judged(params, latents: torch.Tensor, captions: Sequence[str]) -> Path:
+def judged(params, category: str, latents: torch.Tensor, captions: Sequence[str]) -> Path:
     """A folder whose `block.safetensors` has both alignment scores (N,) of images (N, C, H, W)."""
 
     def make(folder: Path) -> None:
-        write_tensors(judging.judged(judging.open_judges(params), open_model(params).decode(latents), list(captions)), folder / "block.safetensors")
+        judges = judging.open_judges(params, category)
+        write_tensors(judging.judged(judges, open_model(params).decode(latents), list(captions)), folder / "block.safetensors")
 
-    return shared("judged", *_base(params), *_judges(params), latents, list(captions), make=make)
+    return shared("judged", *_base(params), *judging.judges_key(params, category), latents, list(captions), make=make)
 
 
 def seconds(folder: Path) -> float:
@@ -261,7 +262,7 @@ def _pool_block(params, recipe: Recipe, category: str, items: list[Prompt], firs
     return shared("pool", *_base(params, *on), params.seed, *settings, first, [(item.prompt_id, item.text) for item in items], make=make)
 
 
-def _score_block(params, recipe: Recipe, items: list[Prompt], block: Path, *on: Path) -> Path:
+def _score_block(params, recipe: Recipe, category: str, items: list[Prompt], block: Path, *on: Path) -> Path:
     """`score` (n, block) of a block by the recipe's rule, and by no other, and by the model with the adapters `on`. The block's name stands for all that
     its images depend on, the seed too."""
     rule, estimator = recipe.select, params.estimators.get(recipe.select)
@@ -271,7 +272,7 @@ def _score_block(params, recipe: Recipe, items: list[Prompt], block: Path, *on: 
         latents = tensors["latents"]
         if estimator is None:
             captions = [item.text for item in items for _ in range(latents.shape[1])]
-            score = read_tensors(judged(params, latents.flatten(0, 1), captions) / "block.safetensors")[rule].unflatten(0, latents.shape[:2])
+            score = read_tensors(judged(params, category, latents.flatten(0, 1), captions) / "block.safetensors")[rule].unflatten(0, latents.shape[:2])
         else:
             model = open_model(params, adapter=on)
             terms, timesteps = tensors.get(estimator.form), tensors.get("timesteps")
@@ -285,7 +286,7 @@ def _score_block(params, recipe: Recipe, items: list[Prompt], block: Path, *on: 
         write_tensors({"score": score.float()}, folder / "block.safetensors")
 
     used = (params.renoise, params.pool.shard_prompts, params.pool.batch_size) if estimator and estimator.latents == "renoised" else ()
-    judges = _judges(params) if estimator is None else ()
+    judges = judging.judges_key(params, category) if estimator is None else ()
     return shared("scores", *_base(params, *on), rule if estimator is None else estimator, *used, *judges, block.name, make=make)
 
 
@@ -317,8 +318,8 @@ def _times(params, rule: str) -> int:
 
 def _evaluated(params, recipe: Recipe, category: str, split: str, trained: Sequence[Path], prepared: Prepared | None = None) -> list[Path]:
     """A folder a guidance scale: `images.parquet` (schema `evaluated`) and the images' features."""
-    items, judges = evaluated_prompts(params, recipe, category, split), _judges(params)
-    opened = functools.cache(lambda: (prepared.open() if prepared else open_model(params, adapter=trained), judging.open_judges(params)))
+    items, judges = evaluated_prompts(params, recipe, category, split), judging.judges_key(params, category)
+    opened = functools.cache(lambda: (prepared.open() if prepared else open_model(params, adapter=trained), judging.open_judges(params, category)))
 
     def at(scale: float) -> Path:
         config = replace(params.evaluate, images=recipe.test_images, guidance_scales=(scale,))
@@ -341,8 +342,3 @@ def _evaluated(params, recipe: Recipe, category: str, split: str, trained: Seque
 def _base(params, *on: Path) -> tuple:
     """What everything that the base model makes depends on, or that the model with the adapters `on` makes."""
     return *weights(params).values(), params.dtype, params.device, [folder / ADAPTER_FILE for folder in on]
-
-
-def _judges(params) -> tuple:
-    entry = params.models[params.model]
-    return path(entry.judge), path(entry.similarity)

@@ -1,0 +1,84 @@
+"""FID, FD-DINOv2 and CMMD of a folder of images against a folder of reference images: `python -m mitune.fidelity IMAGES REFERENCE`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mitune import quality
+from mitune.artifacts import read_tensors, write_tensors
+from mitune.images import ENDINGS, Captioned
+from mitune.judges import Features
+from mitune.memo import shared
+from mitune.stages.judging import opened
+
+MEASURES = {"fid": "inception", "fd-dinov2": "dinov2", "cmmd": "clip"}  # and whose features they take
+
+
+def fidelity(measure: str, images: Path, reference: Path, *, weights: str | None = None, device: str = "cpu") -> float:
+    """One of `MEASURES` of the images in a folder; less is nearer to the reference.
+
+    FID and FD-DINOv2 are `quality.frechet` and CMMD `quality.cmmd`, the published recipes but for CMMD's unbiased estimate. What is needed of the
+    reference is computed once for its files, their contents and the weights.
+
+    Raises:
+        ValueError: too few images for the measure, a file that is no image, or weights that cannot be read.
+    """
+    wanted, files, references = Features(kind=MEASURES[measure], weights=weights), _files(images), _files(reference)
+
+    def make(folder: Path) -> None:
+        found = _features(wanted, references, device)
+        moments = quality.Moments.of(found) if measure != "cmmd" else None
+        kept = {"features": found} if moments is None else {"mean": moments.mean, "covariance": moments.covariance, "n": np.array([moments.n])}
+        write_tensors({name: torch.from_numpy(values) for name, values in kept.items()}, folder / "reference.safetensors")
+
+    source = Path(weights) if weights and Path(weights).exists() else weights
+    stored = read_tensors(shared("fidelity", measure, wanted, source, references, make=make) / "reference.safetensors")
+    known = {name: values.numpy() for name, values in stored.items()}
+    ours = _features(wanted, files, device)
+    if measure == "cmmd":
+        return quality.cmmd(ours, known["features"])
+    return quality.frechet_of(quality.Moments.of(ours), quality.Moments(known["mean"], known["covariance"], int(known["n"][0])))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The images in a folder, by name, without those in folders within it."""
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower()[1:] in ENDINGS)
+    if not files:
+        raise ValueError(f"{folder} has no image ({', '.join(ENDINGS)}): name a folder of images")
+    return files
+
+
+def _features(wanted: Features, files: Sequence[Path], device: str) -> np.ndarray:
+    """Of images (N, d)."""
+    extractor, step = opened(wanted, device), wanted.batch_size
+    return torch.cat([extractor.features([_read(file) for file in files[n : n + step]]).cpu() for n in range(0, len(files), step)]).numpy()
+
+
+def _read(file: Path) -> torch.Tensor:
+    """An image (3, H, W) in [-1, 1]. Raises ValueError for a file that is none."""
+    pixels = np.array(Captioned("", file).open())
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mitune.fidelity", description=__doc__)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("--measure", choices=MEASURES, default="cmmd")
+    parser.add_argument("--weights", help="a folder, a file or a hub id in place of the published ones; fid takes inception-2015-12-05.pt")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:<number> or mps")
+    given = parser.parse_args(arguments)
+    try:
+        print(f"{given.measure} {fidelity(given.measure, given.images, given.reference, weights=given.weights, device=given.device):.4f}")
+    except ValueError as error:
+        sys.exit(f"mitune: {error}")
+
+
+if __name__ == "__main__":
+    main()
