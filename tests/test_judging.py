@@ -95,7 +95,7 @@ def test_the_key_names_all_that_is_opened(tmp_path):
 def test_an_impossible_judge_is_refused_by_name(entries, message):
     plain = {"pipeline": "p", "judge": {"kind": "clipscore"}, "similarity": {"kind": "clipscore"}}
     with pytest.raises(ValueError, match=message) as error:
-        config.read({"models": {"tiny": plain | entries}})
+        config.read({"benchmark": "t2i-compbench", "models": {"tiny": plain | entries}})
     assert "\n" not in str(error.value)
 
 
