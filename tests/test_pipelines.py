@@ -21,7 +21,8 @@ PROMPTS = ["a red circle", "a blue square and a green star"]
 CAPTIONS = ["a red circle", "a blue square", "a green star", "a red moon", "a blue circle"]
 CONFIG = Tuning(
     adapter="dora", rank=4, lora_alpha=8, target_modules=("attention", "ff"), text_encoder=False, learning_rate=1e-2, betas=(0.9, 0.999), weight_decay=1e-2,
-    epsilon=1e-8, max_grad_norm=1.0, steps=3, batch_size=8, timesteps=Timesteps(200, 900), checkpoint_every=3, save_dtype="float32",
+    epsilon=1e-8, max_grad_norm=1.0, steps=3, batch_size=8, micro_batch_size=8, mixed_precision="no", timesteps=Timesteps(200, 900), checkpoint_every=3,
+    save_dtype="float32",
 )  # fmt: skip
 
 
