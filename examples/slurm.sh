@@ -24,4 +24,4 @@ make repro PROFILE="${PROFILE:-gpu-day}" PROCESSES="${SLURM_GPUS_ON_NODE:-8}"
 #     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 #     srun bash -c "accelerate launch --multi_gpu --num_machines $SLURM_NNODES --num_processes $((8 * SLURM_NNODES)) --machine_rank \$SLURM_NODEID \
 #         --main_process_ip $head --main_process_port 29500 -m mitune.runner notebooks/stages/pool.ipynb \
-#         --to results/sd21-base/notebooks/pool-color.ipynb --params model models.sd21-base device dtype seed pool --set category=color"
+#         --to results/sd21-base/notebooks/pool-color.ipynb --params model models.sd21-base benchmark benchmarks.t2i-compbench device dtype seed pool --set category=color"
