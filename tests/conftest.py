@@ -31,3 +31,26 @@ def tiny_pipeline(tmp_path_factory) -> Path:
     )  # fmt: skip
     pipeline.to(dtype=torch.float16).save_pretrained(folder / "pipeline")
     return folder / "pipeline"
+
+
+@pytest.fixture
+def toy_values() -> dict:
+    """The project's parameters at toy size, as plain values."""
+    from mitune import config
+
+    root = config.root()
+    return config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
+
+
+@pytest.fixture
+def in_toy_project(tiny_pipeline, tmp_path, monkeypatch):
+    """Reads such values as the parameters of a project folder of their own, with the tiny pipeline and the shipped prompts and judges."""
+    from mitune import config
+
+    def read(values: dict):
+        shipped = {name: str(config.root() / entry) for name, entry in values["models"]["shapes"].items()}
+        values["models"]["shapes"] = shipped | {"pipeline": str(tiny_pipeline)}
+        monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
+        return config.read(values)
+
+    return read

@@ -13,14 +13,8 @@ from mitune.stages import evaluate, information, pool, read_prompts, scores, set
 
 
 @pytest.fixture
-def params(tiny_pipeline, tmp_path, monkeypatch):
-    """Toy parameters in a project folder of their own, with the shipped prompts and judges."""
-    root = config.root()
-    values = config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
-    shipped = {name: str(root / entry) for name, entry in values["models"]["shapes"].items()}
-    values["models"]["shapes"] = shipped | {"pipeline": str(tiny_pipeline)}
-    monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
-    return config.read(values)
+def params(toy_values, in_toy_project):
+    return in_toy_project(toy_values)
 
 
 def test_a_killed_pool_resumes_to_the_same_bytes(params, monkeypatch):

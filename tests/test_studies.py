@@ -15,22 +15,15 @@ from mitune.stages import cell, judging, open_model, pairs, steps
 
 
 @pytest.fixture
-def values():
-    root = config.root()
-    values = config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
-    values["studies"]["set_size"] = {"same": {}, "larger": {"M": 5}}
-    values["studies"]["common"]["block"] = 2
-    return values
+def values(toy_values):
+    toy_values["studies"]["set_size"] = {"same": {}, "larger": {"M": 5}}
+    toy_values["studies"]["common"]["block"] = 2
+    return toy_values
 
 
 @pytest.fixture
-def params(values, tiny_pipeline, tmp_path, monkeypatch):
-    """Toy parameters in a project folder of their own, with the shipped prompts and judges."""
-    root = config.root()
-    shipped = {name: str(root / entry) for name, entry in values["models"]["shapes"].items()}
-    values["models"]["shapes"] = shipped | {"pipeline": str(tiny_pipeline)}
-    monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
-    return config.read(values)
+def params(values, in_toy_project):
+    return in_toy_project(values)
 
 
 def recipe_of(params, **changes):
