@@ -26,7 +26,7 @@ spine: .venv/stamp  ## run the articles 00 to 03 and what they need, without the
 	@$(run) -m mitune.repro --spine
 
 test: .venv/stamp  ## run the tests, the whole pipeline and every notebook at toy size among them
-	@$(run) -m pytest
+	@$(run) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 smoke: .venv/stamp  ## run the whole pipeline at toy size in a temporary clone
 	@$(run) -m mitune.smoke

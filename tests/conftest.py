@@ -1,11 +1,20 @@
-"""Shared fixtures."""
+"""Shared fixtures, and how two processes share the tests: one thread each, the whole pipeline begun first."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
+
 import torch
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
 
 
 @pytest.fixture(scope="session")
