@@ -29,7 +29,7 @@ plan: .venv/stamp  ## tell what a run takes before it starts: evaluations, train
 	@$(run) -m mitune.plan $(if $(PROFILE),--profile $(PROFILE)) $(if $(PROCESSES),--processes $(PROCESSES))
 
 test: .venv/stamp  ## run the tests, the whole pipeline and every notebook at toy size among them
-	@$(run) -m pytest
+	@$(run) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 smoke: .venv/stamp  ## run the whole pipeline at toy size in a temporary clone
 	@$(run) -m mitune.smoke

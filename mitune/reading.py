@@ -118,6 +118,9 @@ def pictures(params, category: str, split: str, rows: list[int]):
     return load(source if source.exists() else params.models[params.model].pipeline).decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
 
 
+NOTHING = ("-", "no such control")  # what a finding has in place of the paper's number where the paper has none
+
+
 @dataclass(frozen=True)
 class Finding:
     """A claim, the paper's number, ours with its interval, and whether the rule that was written beside it holds; None if that is undecided."""
@@ -140,7 +143,7 @@ class Finding:
         """In the words of `claims`: what the paper says is reproduced or not, what it says nothing about holds or does not."""
         if self.holds is None:
             return "undecided"
-        yes, no = ("holds", "does not hold") if self.reported == "-" else ("reproduced", "not reproduced")
+        yes, no = ("holds", "does not hold") if self.reported in NOTHING else ("reproduced", "not reproduced")
         return yes if self.holds else no
 
 

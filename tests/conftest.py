@@ -1,13 +1,22 @@
-"""Shared fixtures."""
+"""Shared fixtures, and how two processes share the tests: one thread each, the whole pipeline begun first."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
+
 import torch
 
 from mitune import config
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
 
 
 @pytest.fixture(scope="session")
@@ -97,3 +106,25 @@ def toy_model(tiny_pipeline) -> dict:
     entry = config.read_yaml(root / "params.yaml")["models"]["shapes"]
     judges = {role: entry[role] | {"weights": str(root / entry[role]["weights"])} for role in ("judge", "similarity")}
     return judges | {"pipeline": str(tiny_pipeline)}
+
+
+@pytest.fixture
+def toy_values() -> dict:
+    """The project's parameters at toy size, as plain values."""
+    root = config.root()
+    return config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
+
+
+@pytest.fixture
+def in_toy_project(toy_model, tmp_path, monkeypatch):
+    """Reads such values, made those of the tiny pipeline, as the parameters of a project folder of their own with the shipped prompts and judges; entries of
+    the model take the place of its own."""
+    root = config.root()
+
+    def read(values: dict, **model):
+        values["models"]["shapes"] = toy_model | model
+        values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(root / values["prompts"])
+        monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
+        return config.read(values)
+
+    return read

@@ -9,20 +9,15 @@ from mitune.stages import cost
 
 
 @pytest.fixture
-def values(toy_model, tmp_path, monkeypatch):
+def values(toy_values, in_toy_project, tiny_pipeline):
     """Toy parameters as plain values, in a project folder of their own where an adapter lies."""
-    root = config.root()
-    values = config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
-    values["models"]["shapes"] = toy_model
-    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(root / values["prompts"])
-    monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
-    params, model = config.read(values), models.load(toy_model["pipeline"])
+    params, model = in_toy_project(toy_values), models.load(tiny_pipeline)
     finetuning.add_adapter(model, params.finetune, seed=0)
     with torch.no_grad():
         for parameter in finetuning.trained_parameters(model).values():
             parameter.add_(0.1)
     model.save_adapter(Results("shapes").adapter("color", params.cost.arm))
-    return values
+    return toy_values
 
 
 def test_units_are_the_evaluations_that_are_made(values, monkeypatch):

@@ -139,24 +139,21 @@ def test_judges_are_plain_values():
     assert dataclasses.asdict(judges.Judge(kind="vqascore")) == {"weights": None, "parts": None, "dtype": "float32", "batch_size": 32, "kind": "vqascore"}
 
 
-def test_a_stage_evaluates_with_a_judge_of_real_images(toy_model, tmp_path, monkeypatch):
+def test_a_stage_evaluates_with_a_judge_of_real_images(toy_values, in_toy_project, tmp_path):
     """Oracle: the same networks asked by hand about the pictures that the stage kept."""
     from transformers import CLIPConfig, CLIPModel
 
-    folder, root = tmp_path / "clip", config.root()
+    folder = tmp_path / "clip"
     tokenizer = networks.build_tokenizer(folder)
     layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = layers | {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=text, vision_config=layers | {"image_size": 32, "patch_size": 8}, projection_dim=8)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    values = config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
+    toy_values["evaluate"] |= {"n_prompts": 2, "images": 1, "num_inference_steps": 2, "comp_prompts": 0, "grid_prompts": 2, "guidance_scales": [1.0]}
     real = {"kind": "clipscore", "weights": str(folder)}
-    values["models"]["shapes"] = toy_model | {"judges": {"color": real}, "similarity": real, "features": {"kind": "clip", "weights": str(folder)}}
-    values["evaluate"] |= {"n_prompts": 2, "images": 1, "num_inference_steps": 2, "comp_prompts": 0, "grid_prompts": 2, "guidance_scales": [1.0]}
-    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(root / values["prompts"])
-    monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
-    params = config.Declared(vars(config.read(values)) | {"arms": ()})
+    params = in_toy_project(toy_values, judges={"color": real}, similarity=real, features={"kind": "clip", "weights": str(folder)})
+    params = config.Declared(vars(params) | {"arms": ()})
     table = evaluate.build(params, "color")
     scorer, kept = clip.ClipScore.load(folder), read_tensors(Results("shapes").grids("color"))["base/1.0"]
     expected = scorer.score(kept.float() / 127.5 - 1, list(table["prompt"]))

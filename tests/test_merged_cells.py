@@ -14,21 +14,15 @@ from mitune.stages import merging as stage
 
 
 @pytest.fixture
-def values():
-    root = config.root()
-    values = config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
-    values["studies"]["common"] |= {"seeds": [0], "block": 4}
-    values["arms"] = ["mi_best"]
-    return values
+def values(toy_values):
+    toy_values["studies"]["common"] |= {"seeds": [0], "block": 4}
+    toy_values["arms"] = ["mi_best"]
+    return toy_values
 
 
 @pytest.fixture
-def params(values, toy_model, tmp_path, monkeypatch):
-    """Toy parameters in a project folder of their own, with the shipped prompts and judges."""
-    values["models"]["shapes"] = toy_model
-    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(config.root() / values["prompts"])
-    monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
-    return config.read(values)
+def params(values, in_toy_project):
+    return in_toy_project(values)
 
 
 @pytest.mark.parametrize(

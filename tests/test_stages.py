@@ -14,23 +14,8 @@ from mitune.stages import evaluate, finetune, information, open_model, pool, rea
 
 
 @pytest.fixture
-def toy(toy_model, tmp_path, monkeypatch):
-    """Toy parameters in a project folder of their own, with the shipped prompts and judges, of another pipeline and with other entries."""
-    root = config.root()
-    values = config.merge(config.read_yaml(root / "params.yaml"), config.read_yaml(root / "mitune" / "smoke.yaml"))
-    values["prompts"] = values["benchmarks"]["shapes"]["prompts"] = str(root / values["prompts"])
-    monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
-
-    def of(pipeline, overlay=None, **options):
-        values["models"]["shapes"] = toy_model | {"pipeline": str(pipeline)} | options
-        return config.read(config.merge(values, overlay or {}))
-
-    return of
-
-
-@pytest.fixture
-def params(toy, tiny_pipeline):
-    return toy(tiny_pipeline)
+def params(toy_values, in_toy_project):
+    return in_toy_project(toy_values)
 
 
 def test_a_killed_pool_resumes_to_the_same_bytes(params, monkeypatch):
@@ -160,11 +145,12 @@ RFMI = {"form": "inner_product", "latents": "trajectory", "t_min": 50, "kappa": 
     ],
     ids=["xl", "flow", "euler"],
 )
-def test_the_same_stages_take_every_model(request, toy, fixture, variance, overlay, forms):
+def test_the_same_stages_take_every_model(request, toy_values, in_toy_project, fixture, variance, overlay, forms):
     """From the pool to the evaluation of an adapter; the table's numbers are those of the stored terms."""
     cut = {"arms": ["mi_best"], "cost": {"arm": "mi_best"}, "finetune": {"steps": 2, "checkpoint_every": 2}, "renoise": {"timesteps": 3}}
     cut["evaluate"] = {"n_prompts": 2, "images": 1, "comp_prompts": 0, "guidance_scales": [1.0]}
-    params = toy(request.getfixturevalue(fixture), config.merge(overlay, cut), variance=variance)
+    values = config.merge(config.merge(toy_values, overlay), cut)
+    params = in_toy_project(values, pipeline=str(request.getfixturevalue(fixture)), variance=variance)
     pool.build(params, "color")
     stored = read_tensors(Results(params.model).pool("color", "train"))
     assert stored.keys() - {"prompt_ids", "latents", "timesteps"} == forms
