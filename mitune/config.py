@@ -26,6 +26,7 @@ class Options:
     text_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "math"] = "sdpa"
+    tf32: bool = False
     compile: bool = False
     variance: Literal["large", "small", "none"] = "large"
 

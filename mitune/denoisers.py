@@ -113,3 +113,10 @@ def eps_of(prediction_type: str, prediction: torch.Tensor, z_t: torch.Tensor, si
     if prediction_type == "flow":
         return (z_t.to(prediction) + signal * prediction) / (signal + sigma)
     return signal * prediction + sigma * z_t.to(prediction)
+
+
+def finite(values: torch.Tensor, what: str, key: str = "dtype") -> torch.Tensor:
+    """The values, on the CPU. Raises ValueError where one is not finite, naming the key of params.yaml that says how the network runs."""
+    if not values.isfinite().all():
+        raise ValueError(f"{what} are not finite, as where float16 overflows; set {key}: bfloat16 or float32")
+    return values

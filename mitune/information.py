@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from mitune import config
-from mitune.denoisers import Conditioning, Denoiser, signal_and_noise
+from mitune.denoisers import Conditioning, Denoiser, finite, signal_and_noise
 
 FORMS = ("orthogonal", "standard", "path", "inner_product")
 VARIANTS = ("paper", "authors")
@@ -137,6 +137,9 @@ def renoised_terms(
 
     Returns:
         {"orthogonal": (N, R), "standard": (N, R)}, and "inner_product" if asked for, float32, on the CPU.
+
+    Raises:
+        ValueError: not as many prompts as latents; terms that are not finite.
     """
 
     def terms(rows, z_0, t, n):
@@ -147,7 +150,8 @@ def renoised_terms(
         return found | {"inner_product": inner_product_terms(z_t, eps_cond, eps_null, signal, sigma)} if inner_product else found
 
     must_fit(latents, conditioning, null)
-    return of_copies(terms, latents, timesteps, noise, denoiser.device, batch_size, progress)
+    found = of_copies(terms, latents, timesteps, noise, denoiser.device, batch_size, progress)
+    return {form: finite(values, "MI terms") for form, values in found.items()}
 
 
 @torch.inference_mode()

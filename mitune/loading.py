@@ -67,7 +67,11 @@ def check_weights(folder: Path) -> None:
     if not files:
         raise ValueError(f"there are no weights in {str(folder)!r}: no safetensors file; download it again")
     for index in folder.glob("*.safetensors.index.json"):
-        for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{str(index)!r} is no list of weights ({describe(error)}); download it again") from error
+        for name in sorted(named):
             if not (folder / name).is_file():
                 raise ValueError(f"{str(folder / name)!r} is missing, of which {index.name} says that it is there; download it again")
     for file in files:

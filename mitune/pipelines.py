@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mitune import adapters
-from mitune.denoisers import PREDICTION_TYPES, Conditioning, eps_of, flow_schedule, signal_and_noise, target_of, to_flow
+from mitune.denoisers import PREDICTION_TYPES, Conditioning, eps_of, finite, flow_schedule, signal_and_noise, target_of, to_flow
 from mitune.memory import PIXELS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -120,11 +120,14 @@ class LatentDiffusion:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor, *, batch_size: int | None = None) -> torch.Tensor:
-        """Images (N, 3, H, W) in [-1, 1], float32, on the CPU, of latents as the network sees them; by default `PIXELS` at once."""
+        """Images (N, 3, H, W) in [-1, 1], float32, on the CPU, of latents as the network sees them; by default `PIXELS` at once.
+
+        Raises ValueError for images that are not finite.
+        """
         vae, pixels = self.pipeline.vae, latents.shape[-2:].numel() * self.pipeline.vae_scale_factor**2
         scaled = (part / vae.config.scaling_factor + self._shift for part in latents.split(batch_size or max(PIXELS // pixels, 1)))
         parts = [vae.decode(part.to(vae.device, vae.dtype)).sample for part in scaled]
-        return torch.cat([part.float().cpu() for part in parts]).clamp(-1, 1)
+        return finite(torch.cat([part.float().cpu() for part in parts]), "images", "vae_dtype").clamp(-1, 1)
 
     @torch.inference_mode()
     def encode_images(self, images: torch.Tensor, *, batch_size: int | None = None) -> torch.Tensor:
@@ -152,6 +155,8 @@ class LatentDiffusion:
     def _schedule(self) -> tuple[str, torch.Tensor]:
         """The prediction type, and abar."""
         scheduler = self.pipeline.scheduler
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(f"the scheduler is a {type(scheduler).__name__}, which has no alphas_cumprod; use a model whose scheduler is DDPM's, DDIM's or alike")
         return scheduler.config.prediction_type, scheduler.alphas_cumprod.float().cpu()
 
     def _check(self) -> None:

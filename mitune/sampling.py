@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mitune.denoisers import Conditioning, Denoiser, signal_and_noise
+from mitune.denoisers import Conditioning, Denoiser, finite, signal_and_noise
 from mitune.information import Kernel, both_branches, inner_product_terms, orthogonal_terms, path_terms
 
 VARIANCES = ("large", "small", "none")
@@ -120,7 +120,7 @@ def sample(
         progress: called after each step with the number of images in it: N * num_inference_steps in all.
 
     Raises:
-        ValueError: counts that differ, an impossible guidance scale, number of steps or variance.
+        ValueError: counts that differ, an impossible guidance scale, number of steps or variance; samples that are not finite.
     """
     if not (len(generators) == len(conditioning) > 0) or len(null) != 1:
         raise ValueError(f"{len(conditioning)} prompts, {len(generators)} generators, {len(null)} null prompts; give each prompt a generator, and one null")
@@ -133,7 +133,7 @@ def sample(
     ]
     latents, orthogonal, path, inner = (torch.cat(part) for part in zip(*parts, strict=True))
     kept = {"orthogonal": orthogonal, "path": path if variance != "none" else None, "inner_product": inner if inner_product else None}
-    return Samples(latents, sampler.timesteps, **kept if terms else {})
+    return Samples(finite(latents, "samples"), sampler.timesteps, **kept if terms else {})
 
 
 def _sample(denoiser, sampler, conditioning, null, guidance_scale, generators, terms, progress) -> tuple[torch.Tensor, ...]:

@@ -96,6 +96,7 @@ def test_the_toy_overlay_is_valid(values):
         ("models.shapes.variance", "none", "estimators.path.form is path: no step has noise; remove the entry, or set models.shapes.variance: small"),
         ("models.sdxl.vae_dtype", "half", "models.sdxl.vae_dtype is 'half': it must be one of float32, bfloat16, float16"),
         ("models.sdxl.attention", "flash", "models.sdxl.attention is 'flash'"),
+        ("models.sdxl.tf32", "yes", "models.sdxl.tf32 is 'yes': it must be true or false"),
         ("estimators.path.kappa", "paper", "estimators.path.kappa"),
         ("estimators.standard.latents", "trajectory", "estimators.standard.latents"),
         ("estimators.standard.t_min", 999, "estimators.standard.t_min is 999"),

@@ -13,8 +13,10 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 from mitune import config, weights
+from mitune.information import renoised_terms
 from mitune.loading import check_file, check_weights, located
 from mitune.models import load
+from mitune.sampling import sample
 from mitune.stages import open_model
 
 
@@ -74,6 +76,11 @@ def test_a_missing_shard_is_named(folder):
     (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model-2.safetensors' is missing, of which"):
         check_weights(unet)
+    for raw in ("{", "{}", '{"weight_map": 3}'):
+        (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(raw)
+        with pytest.raises(ValueError, match=r"index.json' is no list of weights \(.*\); download it again") as error:
+            check_weights(unet)
+        assert "\n" not in str(error.value)
 
 
 def test_a_whole_file_passes_and_every_cut_is_seen(tmp_path):
@@ -183,3 +190,55 @@ def test_an_sdxl_autoencoder_that_overflows_is_refused_in_float16(tiny_xl):
 def test_bad_options_are_one_clear_line(tiny_pipeline, options, message):
     with pytest.raises(ValueError, match=message):
         load(tiny_pipeline, **options)
+
+
+def test_another_transformer_takes_the_place_of_a_flows_own(tiny_sd3, tiny_pipeline, tmp_path):
+    other = shutil.copytree(tiny_sd3 / "transformer", tmp_path / "transformer")
+    file = other / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 0.9 for name, value in load_file(file).items()}, file)
+    z, found = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0)), load(tiny_sd3, unet=other)
+    assert (found.eps(z, 500, found.null) - load(tiny_sd3).eps(z, 500, found.null)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="cannot load a denoiser from .*unet'|does not fit the pipeline"):
+        load(tiny_sd3, unet=tiny_pipeline / "unet")
+
+
+def test_a_text_encoder_that_overflows_in_float16_is_refused(tiny_sd3, monkeypatch):
+    """As T5 is, which transformers itself keeps in float32 in part."""
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+    monkeypatch.setattr(CLIPTextModelWithProjection, "_keep_in_fp32_modules", T5EncoderModel._keep_in_fp32_modules)
+    load(tiny_sd3, text_dtype="bfloat16")
+    with pytest.raises(ValueError, match="the text encoder CLIPTextModelWithProjection overflows in float16; set text_dtype: bfloat16 or float32"):
+        load(tiny_sd3, text_dtype="float16")
+
+
+def test_a_scheduler_of_another_kind_is_named(tiny_xl, tmp_path):
+    from diffusers import EDMEulerScheduler
+
+    other = shutil.copytree(tiny_xl, tmp_path / "pipeline")
+    EDMEulerScheduler().save_pretrained(other / "scheduler")
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "EDMEulerScheduler"]}))
+    with pytest.raises(ValueError, match="the scheduler is a EDMEulerScheduler, which has no alphas_cumprod"):
+        load(other)
+
+
+def test_float32_is_float32_unless_tf32_is_asked_for(tiny_pipeline):
+    switches = (lambda: torch.backends.cuda.matmul.allow_tf32, lambda: torch.backends.cudnn.allow_tf32)
+    load(tiny_pipeline, tf32=True)
+    assert all(switch() for switch in switches)
+    load(tiny_pipeline)
+    assert not any(switch() for switch in switches)
+
+
+def test_an_overflow_is_one_clear_line(folder):
+    """Weights of which one is not finite, in the place of float16's overflow."""
+    model, z = load(folder), torch.zeros(1, 4, 8, 8)
+    model.pipeline.vae.decoder.conv_out.bias.data[0] = torch.inf
+    with pytest.raises(ValueError, match="images are not finite, as where float16 overflows; set vae_dtype: bfloat16 or float32"):
+        model.decode(z)
+    model.network.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="samples are not finite, .* set dtype: bfloat16"):
+        sample(model, model.null, model.null, guidance_scale=1.0, num_inference_steps=2, generators=[torch.Generator()])
+    with pytest.raises(ValueError, match="MI terms are not finite"):
+        renoised_terms(model, z, model.null, model.null, timesteps=torch.tensor([500]), noise=torch.zeros(1, 1, 4, 8, 8))

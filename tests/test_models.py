@@ -142,8 +142,11 @@ def test_another_denoiser_takes_the_place_of_the_pipelines_own(model, tiny_pipel
 
 
 def test_a_denoiser_that_is_missing_or_does_not_fit_is_named(tiny_pipeline, tmp_path):
-    with pytest.raises(ValueError, match=r"cannot load a denoiser from '.*nowhere'"):
+    with pytest.raises(ValueError, match=r"there are no weights in '.*nowhere'"):
         load(tiny_pipeline, unet=tmp_path / "nowhere")
+    build_unet(32).save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    with pytest.raises(ValueError, match=r"pickle/diffusion_pytorch_model.bin' is a pickle"):
+        load(tiny_pipeline, unet=tmp_path / "pickle")
     unet = build_unet(32)
     unet.register_to_config(sample_size=16)
     unet.save_pretrained(tmp_path / "large")
