@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -19,12 +18,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mitune import config
-from mitune.artifacts import atomic
 from mitune.denoisers import Conditioning
 from mitune.finetuning import add_adapter, objective
 from mitune.pipelines import DTYPES, LatentDiffusion
-from mitune.probe import evaluation_rate, timed, training_rate
+from mitune.probe import device_name, evaluation_rate, keep, timed, training_rate
 from mitune.recipes import Timesteps, Tuning
 
 COMMON = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "use_linear_projection": True}
@@ -185,7 +182,7 @@ def main() -> int:
             f"mitune: device {chosen.device!r} is no GPU that torch sees here; `make bench` without DEVICE measures the model of params.yaml", file=sys.stderr
         )
         return 1
-    most, name = ceiling(device), torch.cuda.get_device_name(device)
+    most, name = ceiling(device), device_name(chosen.device)
     about = f"Random weights, torch {torch.__version__}. The ceiling: {most / 1e12:.0f} TFLOP/s in products of 8192 x 8192 matrices in bfloat16."
     lines = [f"# {name}", "", about, "", *HEAD.splitlines()]
     print("\n".join(lines), flush=True)
@@ -194,8 +191,7 @@ def main() -> int:
             print(row, flush=True)
             lines.append(row)
     if chosen.write:
-        with atomic(config.root() / "bench" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.md") as part:
-            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        keep(name, lines)
     return 0
 
 

@@ -156,7 +156,9 @@ class LatentDiffusion:
         """The prediction type, and abar."""
         scheduler = self.pipeline.scheduler
         if not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(f"the scheduler is a {type(scheduler).__name__}, which has no alphas_cumprod; use a model whose scheduler is DDPM's, DDIM's or alike")
+            raise ValueError(
+                f"the scheduler is a {type(scheduler).__name__}, which has no alphas_cumprod; use a model whose scheduler is DDPM's, DDIM's or alike"
+            )
         return scheduler.config.prediction_type, scheduler.alphas_cumprod.float().cpu()
 
     def _check(self) -> None:

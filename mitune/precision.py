@@ -1,43 +1,50 @@
-"""Does a lower precision rank as float32 does? (`python -m mitune.precision`) The agreement of MI over the candidates of a prompt, by dtype."""
+"""Does a lower precision rank as float32 does? (`python -m mitune.precision`) The agreement of MI over the candidates of a prompt, by estimator."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from scipy import stats
 
-from mitune import config
-from mitune.denoisers import Conditioning, Denoiser
-from mitune.information import estimate, renoised_terms, renoised_timesteps
-from mitune.pipelines import DTYPES
+from mitune import config, probe
+from mitune.information import query, renoised_terms, renoised_timesteps
+from mitune.pipelines import LatentDiffusion
 from mitune.prompts import Prompt
 from mitune.sampling import noises
 from mitune.stages import open_model, read_prompts
 from mitune.stages.pool import sampler
 
-FORMS = ("orthogonal", "standard")
+PRECISIONS = ("bfloat16", "float16", "tf32")
+HEAD = "| precision | estimator | tau | Spearman's rho | same first image | largest difference, of the spread within a prompt |\n|---|---|--:|--:|--:|--:|"
 
 
-def scores(denoiser: Denoiser, latents: torch.Tensor, conditioning: Conditioning, null: Conditioning, noise: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Re-noised MI (n, M) of each form, of candidates (n, M, C, H, W) of n prompts with the noise (n, R, C, H, W) common to a prompt's."""
-    n, m = latents.shape[:2]
-    own, timesteps = torch.arange(n).repeat_interleave(m), renoised_timesteps(len(denoiser.alphas_cumprod), noise.shape[1])
-    terms = renoised_terms(denoiser, latents.flatten(0, 1), conditioning[own], null, timesteps=timesteps, noise=noise[own], batch_size=16)
-    return {form: estimate(terms[form], timesteps, denoiser.alphas_cumprod, form=form).value.unflatten(0, (n, m)) for form in FORMS}
+def scores(model: LatentDiffusion, params, items: Sequence[Prompt], latents: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of n prompts `pool.M` candidates (n, M, C, H, W), and MI (n, M) by each estimator, as the stages `pool` and `scores` have them.
+
+    What is measured along the trajectory is of the model's own candidates, re-noised MI of `latents`, by default of its own too.
+    """
+    own, texts = sampler(model, params.pool, params.pool.guidance_scale, params.seed)(items), [item.text for item in items]
+    z_0 = own["latents"] if latents is None else latents
+    row = torch.arange(len(items)).repeat_interleave(params.pool.M)
+    timesteps = renoised_timesteps(len(model.alphas_cumprod), params.renoise.timesteps).repeat(params.renoise.noises)
+    noise = noises([(text, 0) for text in texts], len(timesteps), model.latent_shape, seed=params.seed, stream="renoise")
+    renoised = renoised_terms(
+        model, z_0.flatten(0, 1), model.encode(texts)[row], model.null, timesteps=timesteps, noise=lambda image: noise[row[image]],
+        inner_product=model.flow, batch_size=params.pool.batch_size,
+    )  # fmt: skip
+    terms = own | {"timesteps": own["timesteps"][0], "renoised_timesteps": timesteps}
+    terms |= {f"renoised_{form}": values.unflatten(0, z_0.shape[:2]) for form, values in renoised.items()}
+    return own["latents"], {name: query(estimator, terms, model.alphas_cumprod).value for name, estimator in params.estimators.items()}
 
 
 def agreement(reference: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
     """Of MI (n, M) by two precisions, means over prompts: Kendall's tau-b, Spearman's rho, the share whose first image is the same; and the largest
-    difference over the mean spread within a prompt.
-
-    Raises:
-        ValueError: values that are not finite, as an overflow leaves them.
-    """
-    if not other.isfinite().all():
-        raise ValueError(f"{int((~other.isfinite()).sum())} of {other.numel()} values are not finite: the precision overflows; use bfloat16 or float32")
+    difference over the mean spread within a prompt."""
     pairs = list(zip(reference.double().numpy(), other.double().numpy(), strict=True))
     return {
         "tau": float(np.mean([stats.kendalltau(a, b).statistic for a, b in pairs])),
@@ -48,38 +55,68 @@ def agreement(reference: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
 
 
 def compare(found: Mapping[str, Mapping[str, torch.Tensor]]) -> list[dict[str, str | float]]:
-    """A row a dtype and form: `agreement` of `found[dtype][form]` with that of float32."""
+    """A row a precision and estimator: `agreement` of `found[precision][estimator]` with that of float32."""
+    others = {name: values for name, values in found.items() if name != "float32"}
     return [
-        {"dtype": dtype, "form": form, **agreement(found["float32"][form], values[form])}
-        for dtype, values in found.items()
-        if dtype != "float32"
-        for form in FORMS
+        {"precision": name, "estimator": estimator, **agreement(found["float32"][estimator], mi)}
+        for name, values in others.items()
+        for estimator, mi in values.items()
     ]
 
 
-def measured(params, items: Sequence[Prompt], dtypes: Sequence[str]) -> list[dict[str, str | float]]:
-    """`compare` for the project's model: `pool.M` candidates of each prompt, made in float32, at `renoise.timesteps` noises common to all dtypes."""
-    found, texts = {}, [item.text for item in items]
-    for dtype in ("float32", *dtypes):
-        model = open_model(config.Declared(vars(params) | {"dtype": dtype}))
-        if dtype == "float32":
-            latents = sampler(model, params.pool, params.pool.guidance_scale, params.seed)(items)["latents"]
-            noise = noises([(text, 0) for text in texts], params.renoise.timesteps, model.latent_shape, seed=params.seed, stream="renoise")
-        found[dtype] = scores(model, latents, model.encode(texts), model.null, noise)
+def measured(params, items: Sequence[Prompt], precisions: Sequence[str]) -> list[dict[str, str | float]]:
+    """`compare` for the model of the parameters; every precision re-noises the candidates that float32 has made, from the same noise.
+
+    Raises ValueError for tf32 without an NVIDIA GPU, and for a precision that overflows.
+    """
+    latents, found = None, {}
+    for precision in ("float32", *precisions):
+        made, found[precision] = scores(_opened(params, precision), params, items, latents)
+        latents = made if latents is None else latents
     return compare(found)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _opened(params, precision: str) -> LatentDiffusion:
+    tf32 = precision == "tf32"
+    if tf32 and not params.device.startswith("cuda"):
+        raise ValueError(f"tf32 is a precision of NVIDIA GPUs, and device is {params.device}; leave it out")
+    entry = replace(params.models[params.model], tf32=tf32)
+    return open_model(config.Declared(vars(params) | {"dtype": "float32" if tf32 else precision, "models": params.models | {params.model: entry}}))
+
+
+def table(rows: Sequence[Mapping[str, str | float]]) -> str:
+    """In Markdown."""
+    shown = (
+        f"| {row['precision']} | {row['estimator']} | {row['tau']:.3f} | {row['spearman']:.3f} | {row['same_first']:.0%} | {row['difference']:.1%} |"
+        for row in rows
+    )
+    return "\n".join([HEAD, *shown])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="mitune.precision", description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=4, help="prompts of the first category (default: 4)")
-    parser.add_argument("--dtypes", nargs="+", choices=sorted(set(DTYPES) - {"float32"}), default=["bfloat16", "float16"])
-    arguments, params = parser.parse_args(), config.load()
-    items = read_prompts(params, params.categories[0], "train", arguments.prompts)
-    print(f"{params.model}, {len(items)} prompts x {params.pool.M} candidates x {params.renoise.timesteps} noises on {params.device}, against float32:")
-    for row in measured(params, items, arguments.dtypes):
-        tau, first = f"tau {row['tau']:.3f}  Spearman {row['spearman']:.3f}", f"same first image {row['same_first']:.0%}"
-        print(f"{row['dtype']:9s} {row['form']:11s} {tau}  {first}  largest difference {row['difference']:.1%} of the spread within a prompt")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="default: all, tf32 on an NVIDIA GPU alone")
+    parser.add_argument("--write", action="store_true", help="write the table to bench/, named by the model and the device")
+    chosen = parser.parse_args(arguments)
+    try:
+        params = config.load()
+        items = read_prompts(params, params.categories[0], "train", chosen.prompts)
+        rows = measured(params, items, chosen.precisions or [name for name in PRECISIONS if name != "tf32" or params.device.startswith("cuda")])
+    except ValueError as error:
+        print(f"mitune: {error}", file=sys.stderr)
+        return 1
+    device, sizes = probe.device_name(params.device), f"{len(items)} prompts of {params.categories[0]} x {params.pool.M} candidates"
+    about = (
+        f"{sizes}, {params.renoise.timesteps * params.renoise.noises} noises, torch {torch.__version__}, against float32. Re-noised MI is of the same images, "
+    )
+    about += "MI along the trajectory of the candidates that each precision makes from the same noise."
+    lines = [f"# Precision: {params.model} on {device}", "", about, "", table(rows)]
+    print("\n".join(lines))
+    if chosen.write:
+        probe.keep(f"precision {params.model} {device}", lines)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

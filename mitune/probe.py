@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from mitune import config
+from mitune.artifacts import atomic
 from mitune.denoisers import Conditioning
 from mitune.finetuning import adapter_size, finetune, remove_adapter
 from mitune.pipelines import LatentDiffusion
@@ -110,6 +113,17 @@ def blank(source: Path | str, unet: Path | str | None = None) -> torch.nn.Module
             with torch.device("meta"):
                 return getattr(diffusers, settings["_class_name"]).from_config(settings)
     raise ValueError(f"cannot read the denoiser's configuration of {str(source)!r}: {why}")
+
+
+def device_name(device: str) -> str:
+    """What a table says of the device that its numbers are of."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def keep(name: str, lines: Sequence[str]) -> None:
+    """Write a table to `bench/`, in a file called by `name`."""
+    with atomic(config.root() / "bench" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.md") as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _finish(device: torch.device) -> None:

@@ -198,7 +198,7 @@ def test_another_transformer_takes_the_place_of_a_flows_own(tiny_sd3, tiny_pipel
     save_file({name: value * 0.9 for name, value in load_file(file).items()}, file)
     z, found = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0)), load(tiny_sd3, unet=other)
     assert (found.eps(z, 500, found.null) - load(tiny_sd3).eps(z, 500, found.null)).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="cannot load a denoiser from .*unet'|does not fit the pipeline"):
+    with pytest.raises(ValueError, match=r"cannot load a denoiser from .*unet'|does not fit the pipeline"):
         load(tiny_sd3, unet=tiny_pipeline / "unet")
 
 
@@ -235,10 +235,10 @@ def test_an_overflow_is_one_clear_line(folder):
     """Weights of which one is not finite, in the place of float16's overflow."""
     model, z = load(folder), torch.zeros(1, 4, 8, 8)
     model.pipeline.vae.decoder.conv_out.bias.data[0] = torch.inf
-    with pytest.raises(ValueError, match="images are not finite, as where float16 overflows; set vae_dtype: bfloat16 or float32"):
+    with pytest.raises(ValueError, match=r"images are not finite, as where float16 overflows; set vae_dtype: bfloat16 or float32"):
         model.decode(z)
     model.network.conv_out.bias.data[0] = torch.nan
-    with pytest.raises(ValueError, match="samples are not finite, .* set dtype: bfloat16"):
+    with pytest.raises(ValueError, match=r"samples are not finite, .* set dtype: bfloat16"):
         sample(model, model.null, model.null, guidance_scale=1.0, num_inference_steps=2, generators=[torch.Generator()])
     with pytest.raises(ValueError, match="MI terms are not finite"):
         renoised_terms(model, z, model.null, model.null, timesteps=torch.tensor([500]), noise=torch.zeros(1, 1, 4, 8, 8))
