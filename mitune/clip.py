@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from mitune.alignment import embedded, text_features
+from mitune.loading import describe
 from mitune.pixels import Recipe, prepared
 from mitune.pretrained import companion, file, pretrained
 
@@ -80,7 +81,7 @@ def _stored(path: Path) -> Mapping[str, torch.Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of HPS: {next(iter(str(error).splitlines()), type(error).__name__)}; download it again") from error
+        raise ValueError(f"{path} is not a checkpoint of HPS: {describe(error)}; download it again") from error
 
 
 def from_open_clip(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ def build(folder: Path, prompts: Mapping[str, int] = PROMPTS, images: int = IMAG
     if not parts:
         raise ValueError(f"{folder / 'images'} has no part-000001 or part-000001.zip: put some there, {SOURCES['diffusiondb']}")
     drawn, pairs = sample(metadata(folder / "metadata.parquet", parts), prompts, images, seed)
-    for table, name in ((drawn, "diffusiondb.parquet"), (pairs, PAIRS)):
+    for table, name in ((pairs, PAIRS), (drawn, "diffusiondb.parquet")):  # whoever finds the prompts has their images
         with atomic(folder / name) as part:
             pq.write_table(pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None), part)
     return drawn

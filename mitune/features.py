@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mitune.alignment import embedded
+from mitune.loading import describe
 from mitune.pixels import IMAGENET, Recipe, eight_bit, prepared
 from mitune.pretrained import file, pretrained
 
@@ -41,7 +42,7 @@ def inception(source: str | Path, *, device: str = "cpu", dtype: str = "float32"
     try:
         network = torch.jit.load(path, map_location=device).eval()
     except Exception as error:
-        raise ValueError(f"{path} is not TorchScript: {next(iter(str(error).splitlines()), '')}; download {INCEPTION_FILE} of StyleGAN's metrics") from error
+        raise ValueError(f"{path} is not TorchScript: {describe(error)}; download {INCEPTION_FILE} of StyleGAN's metrics") from error
     return Features(lambda pixels: network(pixels, return_features=True), eight_bit, device, batch_size=batch_size)
 
 

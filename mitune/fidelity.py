@@ -15,6 +15,8 @@ from mitune.artifacts import read_tensors, write_tensors
 from mitune.images import ENDINGS, Captioned
 from mitune.judges import Features
 from mitune.memo import shared
+from mitune.models import device_of
+from mitune.stages import path
 from mitune.stages.judging import opened
 
 MEASURES = {"fid": "inception", "fd-dinov2": "dinov2", "cmmd": "clip"}  # and whose features they take
@@ -27,8 +29,9 @@ def fidelity(measure: str, images: Path, reference: Path, *, weights: str | None
     reference is computed once for its files, their contents and the weights.
 
     Raises:
-        ValueError: too few images for the measure, a file that is no image, or weights that cannot be read.
+        ValueError: too few images for the measure, a file that is no image, weights that cannot be read, or a device that is not here.
     """
+    device_of(device)
     wanted, files, references = Features(kind=MEASURES[measure], weights=weights), _files(images), _files(reference)
 
     def make(folder: Path) -> None:
@@ -37,8 +40,7 @@ def fidelity(measure: str, images: Path, reference: Path, *, weights: str | None
         kept = {"features": found} if moments is None else {"mean": moments.mean, "covariance": moments.covariance, "n": np.array([moments.n])}
         write_tensors({name: torch.from_numpy(values) for name, values in kept.items()}, folder / "reference.safetensors")
 
-    source = Path(weights) if weights and Path(weights).exists() else weights
-    stored = read_tensors(shared("fidelity", measure, wanted, source, references, make=make) / "reference.safetensors")
+    stored = read_tensors(shared("fidelity", measure, wanted, weights and path(weights), references, make=make) / "reference.safetensors")
     known = {name: values.numpy() for name, values in stored.items()}
     ours = _features(wanted, files, device)
     if measure == "cmmd":

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-ALIVE = (
-    40  # hidden states of full size that a network holds at once, skip connections and a feed-forward layer's inner width among them: a rule, rather too many
-)
+ALIVE = 40
+"""Hidden states of full size that a network holds at once, skip connections and a feed-forward layer's inner width among them: a rule, rather too many."""
+
 CHANNELS = 1024  # numbers that the autoencoder holds at once of each pixel, likewise
 PIXELS = 2**20  # of the images in one pass of the autoencoder
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields, replace
 
 from mitune import config, probe, profiles
-from mitune.information import renoised_timesteps
 from mitune.probe import Rates
 from mitune.recipes import Merge, Recipe, Studies, Tuning, recipes
 from mitune.stages import open_benchmark
+from mitune.stages.steps import times
 
 PASSES = 3
 """Evaluations that a training sample takes where only their rate is given: one forward, and a backward of about two."""
@@ -140,7 +140,7 @@ def _kept(made: Plan, study: str, recipe: Recipe, category: str, seed: int, on: 
     real = (recipe.real, recipe.real_captions, recipe.real_from, recipe.real_pairs) if recipe.real_images else None
     rule = made.params.estimators.get(recipe.select, recipe.select)
     if real:
-        made.add(study, ("real", recipe.unet, category, real[1:], rule, on), evaluations=2 * recipe.real_pairs * _timesteps(made.params, recipe.select))
+        made.add(study, ("real", recipe.unet, category, real[1:], rule, on), evaluations=2 * recipe.real_pairs * times(made.params, recipe.select))
     return blocks, recipe.M, recipe.k, rule, real, seed if real or recipe.select == "random" else None
 
 
@@ -153,7 +153,7 @@ def _candidates(made: Plan, study: str, recipe: Recipe, category: str, on: tuple
         key = ("block", recipe.unet, category, n, recipe.block, recipe.pool_guidance_scale, start, on)
         blocks.append(made.add(study, key, evaluations=2 * images * steps, disk=images * 4 * (made.sizes.latent + 2 * steps)))
         if recipe.select != "random":
-            made.add(study, ("scored", key, rule), evaluations=2 * images * _timesteps(params, recipe.select), disk=images * 4)
+            made.add(study, ("scored", key, rule), evaluations=2 * images * times(params, recipe.select), disk=images * 4)
     return tuple(blocks)
 
 
@@ -181,14 +181,6 @@ def _merging(made: Plan, study: str, recipe: Merge) -> None:
         for category, adapter in zip(recipe.categories, own, strict=True):
             for on in (merged, (), (adapter,)):
                 _evaluation(made, study, recipe, category, "test", on)
-
-
-def _timesteps(params: config.Params, rule: str) -> int:
-    """Noises at which a rule of selection evaluates an image (T = 1000)."""
-    estimator = params.estimators.get(rule)
-    if estimator is None or estimator.latents != "renoised":
-        return 0
-    return int((renoised_timesteps(1000, params.renoise.timesteps) > estimator.t_min).sum()) * params.renoise.noises
 
 
 def _branches(guidance_scale: float) -> int:

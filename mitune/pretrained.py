@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mitune.loading import quiet
+from mitune.loading import describe, quiet
 
 
 def pretrained(kind: Any, source: str | Path, *, device: str = "cpu", dtype: str = "float32") -> torch.nn.Module:
@@ -56,5 +56,4 @@ def _opened(kind: Any, source: str | Path, **options) -> Any:
 
 
 def _cannot(what: str, source: str | Path, error: Exception) -> str:
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"cannot read {what} from {str(source)!r}: {said}; name a folder that has it, or download it from the hub first"
+    return f"cannot read {what} from {str(source)!r}: {describe(error)}; name a folder that has it, or download it from the hub first"

@@ -15,6 +15,7 @@ from mitune import config
 from mitune.artifacts import atomic
 from mitune.denoisers import Conditioning
 from mitune.finetuning import adapter_size, finetune, remove_adapter
+from mitune.loading import describe
 from mitune.pipelines import LatentDiffusion
 from mitune.recipes import Tuning
 from mitune.sampling import noise_generator, sample
@@ -108,7 +109,7 @@ def blank(source: Path | str, unet: Path | str | None = None) -> torch.nn.Module
         try:
             settings = diffusers.UNet2DConditionModel.load_config(place, subfolder=folder, revision=revision or None)
         except OSError as error:
-            why = next(iter(str(error).splitlines()), "")
+            why = describe(error)
         else:
             with torch.device("meta"):
                 return getattr(diffusers, settings["_class_name"]).from_config(settings)

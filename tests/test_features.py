@@ -147,6 +147,8 @@ def test_bad_input_is_one_line(project, inception, folders, capsys):
         with pytest.raises(ValueError, match=message) as error:
             fidelity.fidelity(measure, folder, folder, weights=weights)
         assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="unknown device 'gpu'; choose cpu"):
+        fidelity.fidelity("fid", *folders, weights=str(inception), device="gpu")
     with pytest.raises(SystemExit, match=r"mitune: .* has no image"):
         fidelity.main([str(project / "empty"), str(project / "empty"), "--measure", "fid", "--weights", str(inception)])
     fidelity.main([str(folders[0]), str(folders[0]), "--measure", "fid", "--weights", str(inception)])

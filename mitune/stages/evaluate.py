@@ -7,6 +7,7 @@ import torch
 
 from mitune.artifacts import Results, write_table, write_tensors
 from mitune.memo import scratch
+from mitune.pixels import eight_bit
 from mitune.sampling import noise_generator, sample
 from mitune.shards import progress, shards
 from mitune.stages import has_split, open_model, read_prompts, weights
@@ -57,7 +58,7 @@ def evaluator(model, judges, config, guidance_scale: float, seed: int):
         values["failure"] = torch.tensor([judges[0].FAILURES.index(failure) for failure in failures])
         values["features"] = judges[1].features(images).half().cpu()
         shaped = {name: value.unflatten(0, (len(items), config.images)) for name, value in values.items()}
-        return shaped | {"picture": ((images + 1) * 127.5).round().to(torch.uint8).unflatten(0, (len(items), config.images))[:, 0]}
+        return shaped | {"picture": eight_bit(images).unflatten(0, (len(items), config.images))[:, 0]}
 
     return compute
 

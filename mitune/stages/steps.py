@@ -116,7 +116,7 @@ def candidates(params, recipe: Recipe, category: str, *on: Path, first: int = 0)
     latents, score = ([read_tensors(folder / "block.safetensors")[name] for folder in of] for name, of in (("latents", blocks), ("score", scored)))
     return Candidates(
         items, torch.cat(latents, 1)[:, : recipe.M], torch.cat(score, 1)[:, : recipe.M] if score else None,
-        evaluations={"pool": 2 * len(items) * recipe.M * params.pool.num_inference_steps, "scores": 2 * len(items) * recipe.M * _times(params, recipe.select)},
+        evaluations={"pool": 2 * len(items) * recipe.M * params.pool.num_inference_steps, "scores": 2 * len(items) * recipe.M * times(params, recipe.select)},
         seconds={"pool": sum(map(seconds, blocks)), "scores": sum(map(seconds, scored))},
     )  # fmt: skip
 
@@ -142,7 +142,7 @@ def real_candidates(params, recipe: Recipe, category: str, *on: Path) -> Candida
     scored = None if recipe.select == "random" else _score_block(params, recipe, category, items, block, *on)
     return Candidates(
         items, read_tensors(block / "block.safetensors")["latents"], read_tensors(scored / "block.safetensors")["score"] if scored else None,
-        evaluations={"pool": 0, "scores": 2 * len(items) * _times(params, recipe.select)},
+        evaluations={"pool": 0, "scores": 2 * len(items) * times(params, recipe.select)},
         seconds={"pool": seconds(block), "scores": seconds(scored) if scored else 0.0},
     )  # fmt: skip
 
@@ -308,7 +308,7 @@ def _renoised(params, model, items, latents, timesteps, estimator, work: Path) -
         return shards(work, range(len(items)), params.pool.shard_prompts, compute, device=params.device, progress=bar)["terms"]
 
 
-def _times(params, rule: str) -> int:
+def times(params, rule: str) -> int:
     """How many noises the rule evaluates an image at: of T = 1000 timesteps those above t_min."""
     estimator = params.estimators.get(rule)
     if estimator is None or estimator.latents != "renoised":
