@@ -37,7 +37,7 @@ def flow_weight(times: torch.Tensor) -> torch.Tensor:
 
 
 def inner_product_terms(v_cond: torch.Tensor, v_null: torch.Tensor) -> torch.Tensor:
-    """v_c . (v_c - v_u), (B,), of RFMI (Wang et al. 2025, as their code has it): ||v_c - v_u||^2 + v_u . (v_c - v_u); signed.
+    """v_c . (v_c - v_u), (B,), of RFMI (Wang et al. 2025, in their code of the guided velocity): ||v_c - v_u||^2 + v_u . (v_c - v_u); signed.
 
     The second part depends on where the latents have their origin.
     """

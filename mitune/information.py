@@ -81,7 +81,8 @@ def standard_terms(noise: torch.Tensor, eps_cond: torch.Tensor, eps_null: torch.
 
 
 def inner_product_terms(z_t: torch.Tensor, eps_cond: torch.Tensor, eps_null: torch.Tensor, signal: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """(eps_c - z_t / (a + s)) . (eps_c - eps_u), (B,): v_c . (v_c - v_u) of RFMI (Wang et al. 2025, as their code has it), weighted like the others; signed.
+    """(eps_c - z_t / (a + s)) . (eps_c - eps_u), (B,): v_c . (v_c - v_u) of RFMI (Wang et al. 2025), weighted like the others; signed. Their code
+    takes the guided velocity in the place of v_c: that is `flow.guided_inner_product` of these terms and the orthogonal ones.
 
     x_t = z_t / (a + s) is the latent of a rectified flow, eps = x_t + (1 - t) v (see `mitune.denoisers`). The mean of eps_c - eps_u over prompts
     given z_t is 0, so that over all prompts the mean is that of `orthogonal_terms`; of one prompt by itself it is not.

@@ -63,7 +63,8 @@ def load(
     torch.nn.Module.to(model.network, dtype=kind, memory_format=torch.channels_last)  # diffusers' own `to` warns of a list of exceptions that is empty
     if images is not None and place.type == "cuda":
         memory.check(memory.footprint(model), images, torch.cuda.mem_get_info(place)[0])
-    pipeline.to(place)
+    if place.type != "cpu":  # where it was loaded; there diffusers warns of float16
+        pipeline.to(place)
     for part in (model.network, *texts):
         part.requires_grad_(False).eval()
     if compile:

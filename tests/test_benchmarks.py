@@ -114,3 +114,15 @@ def test_what_does_not_fit_is_named(tmp_path):
         Benchmark(tmp_path / "t2i-compbench").load("color", "train")
     with pytest.raises(ValueError, match=r"none\.csv is missing: a benchmark is a file or a folder of prompts"):
         Benchmark(tmp_path / "none.csv").load("color", "train")
+
+
+@pytest.mark.skipif(not (config.root() / "data" / "t2i-compbench").is_dir(), reason="`make data-t2i-compbench` has not been run")
+def test_the_real_compbench_has_its_distinct_prompts_at_their_lines():
+    """Oracle: the lines themselves; of three categories some stand twice."""
+    folder, train = config.root() / "data" / "t2i-compbench", {"color": 679, "shape": 685, "texture": 695}
+    for category in ("color", "shape", "texture", "spatial", "non_spatial", "complex"):
+        found = Benchmark(folder, splits=SPLITS).prompts(category)
+        assert {split: len(items) for split, items in found.items()} == {"train": train.get(category, 700), "test": 300}
+        for split, items in found.items():
+            lines = (folder / f"{category}_{SPLITS[split]}.txt").read_bytes().decode("utf-8").split("\n")
+            assert all(item.text == lines[item.prompt_id].strip() != "" for item in items)
