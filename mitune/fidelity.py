@@ -1,4 +1,7 @@
-"""FID, FD-DINOv2 and CMMD of a folder of images against a folder of reference images: `python -m mitune.fidelity IMAGES REFERENCE`."""
+"""FID, FD-DINOv2 and CMMD of a folder of images against reference images: `python -m mitune.fidelity IMAGES REFERENCE`.
+
+Either is a folder of images, or what `mitune.images.captioned` reads: MS-COCO-2014, packed or not, WebDataset shards.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 
 from mitune import quality
 from mitune.artifacts import read_tensors, write_tensors
-from mitune.images import ENDINGS, Captioned
+from mitune.images import ENDINGS, Captioned, captioned
 from mitune.judges import Features
 from mitune.memo import shared
 from mitune.models import device_of
@@ -23,7 +26,7 @@ MEASURES = {"fid": "inception", "fd-dinov2": "dinov2", "cmmd": "clip"}  # and wh
 
 
 def fidelity(measure: str, images: Path, reference: Path, *, weights: str | None = None, device: str = "cpu") -> float:
-    """One of `MEASURES` of the images in a folder; less is nearer to the reference.
+    """One of `MEASURES` of images; less is nearer to the reference.
 
     FID and FD-DINOv2 are `quality.frechet` and CMMD `quality.cmmd`, the published recipes but for CMMD's unbiased estimate. What is needed of the
     reference is computed once for its files, their contents and the weights.
@@ -48,28 +51,25 @@ def fidelity(measure: str, images: Path, reference: Path, *, weights: str | None
     return quality.frechet_of(quality.Moments.of(ours), quality.Moments(known["mean"], known["covariance"], int(known["n"][0])))
 
 
-def _files(folder: Path) -> list[Path]:
-    """The images in a folder, by name, without those in folders within it."""
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower()[1:] in ENDINGS)
-    if not files:
-        raise ValueError(f"{folder} has no image ({', '.join(ENDINGS)}): name a folder of images")
-    return files
+def _files(source: Path) -> list[Captioned]:
+    """The images in a folder, by name, without those in folders within it; where there are none, the captioned ones of a data set."""
+    return [Captioned("", file) for file in sorted(source.glob("*")) if file.suffix.lower()[1:] in ENDINGS] or captioned(source)
 
 
-def _features(wanted: Features, files: Sequence[Path], device: str) -> np.ndarray:
+def _features(wanted: Features, files: Sequence[Captioned], device: str) -> np.ndarray:
     """Of images (N, d)."""
     extractor, step = opened(wanted, device), wanted.batch_size
     return torch.cat([extractor.features([_read(file) for file in files[n : n + step]]).cpu() for n in range(0, len(files), step)]).numpy()
 
 
-def _read(file: Path) -> torch.Tensor:
+def _read(file: Captioned) -> torch.Tensor:
     """An image (3, H, W) in [-1, 1]. Raises ValueError for a file that is none."""
-    pixels = np.array(Captioned("", file).open())
+    pixels = np.array(file.open())
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mitune.fidelity", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mitune.fidelity", description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path)
     parser.add_argument("reference", type=Path)
     parser.add_argument("--measure", choices=MEASURES, default="cmmd")

@@ -1,6 +1,8 @@
 """Oracle: transformers' own outputs of the same pixels, a TorchScript network that can be computed by hand, closed forms and the naive loop of quality."""
 
+import json
 import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -129,6 +131,19 @@ def test_the_reference_is_computed_once_for_its_contents(project, inception, fol
     first = fidelity.fidelity("fid", *folders, weights=str(inception))
     assert len(read) == 13 + 11
     assert fidelity.fidelity("fid", *folders, weights=str(inception)) == first and len(read) == 13 + 11 + 13
+
+
+def test_the_reference_can_be_packed(project, clip, folders):
+    """MS-COCO-2014 as its zip file has it; the oracle is the folder of the same images."""
+    (project / "coco" / "annotations").mkdir(parents=True)
+    files = sorted(folders[1].glob("*.png"))
+    with zipfile.ZipFile(project / "coco" / "val2014.zip", "w") as archive:
+        for file in files:
+            archive.write(file, f"val2014/{file.name}")
+    found = {"images": [{"id": n, "file_name": file.name} for n, file in enumerate(files)]}
+    found["annotations"] = [{"image_id": n, "id": n, "caption": "a"} for n in range(len(files))]
+    (project / "coco" / "annotations" / "captions_val2014.json").write_text(json.dumps(found))
+    assert fidelity.fidelity("cmmd", folders[0], project / "coco", weights=str(clip)) == fidelity.fidelity("cmmd", *folders, weights=str(clip))
 
 
 def test_bad_input_is_one_line(project, inception, folders, capsys):
