@@ -7,9 +7,11 @@ the other, and their ratio is what is reported; absolute times are this machine'
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,13 +68,17 @@ def plain(model, prompts: list[Prompt], params) -> None:
                 z_t = kernel.mean(z_t, eps) + kernel.sigma * torch.randn(z_t.shape, generator=generator)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="mitune.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=16, help="prompts in the batched run (default: 16)")
-    arguments = parser.parse_args()
-    params = config.load()
-    model = Timed(open_model(params))
-    prompts = read_prompts(params, params.categories[0], "train", arguments.prompts)
+    chosen = parser.parse_args(arguments)
+    try:
+        params = config.load()
+        model = Timed(open_model(params))
+        prompts = read_prompts(params, params.categories[0], "train", chosen.prompts)
+    except ValueError as error:
+        print(f"mitune: {error}", file=sys.stderr)
+        return 1
     both_branches(model, torch.randn(2, *model.latent_shape), 500, model.encode([prompts[0].text] * 2), model.null)  # warm up
     rates = {}
     for name, run, of, at_once in (("batched", batched, prompts, workers(params.device)), ("plain loop", plain, prompts[:1], 1)):
@@ -83,7 +89,8 @@ def main() -> None:
         share = model.seconds / wall / at_once
         print(f"{name:11s} {rates[name]:8.0f} denoiser evaluations/s   {share:6.1%} of the wall time in the denoiser   n = {model.evaluations}")
     print(f"ratio       {rates['batched'] / rates['plain loop']:8.1f} x   ({torch.get_num_threads()} threads, {params.dtype})")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

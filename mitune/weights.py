@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from mitune import config
@@ -32,15 +34,18 @@ def fetch(params: config.Params, name: str) -> Path:
     return folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="mitune.weights", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="an entry of `models` (default: that of `model`)")
-    params = config.load()
+    chosen = parser.parse_args(arguments)
     try:
-        print(fetch(params, parser.parse_args().model or params.model))
+        params = config.load()
+        print(fetch(params, chosen.model or params.model))
     except ValueError as error:
-        raise SystemExit(str(error)) from None
+        print(f"mitune: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

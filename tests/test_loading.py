@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-from mitune import config, weights
+from mitune import bench, config, weights
 from mitune.information import renoised_terms
 from mitune.loading import check_file, check_weights, located
 from mitune.models import load
@@ -161,6 +161,21 @@ def test_weights_are_fetched_once_and_whole(monkeypatch, tiny_pipeline, tmp_path
         weights.fetch(params, "shapes")
     with pytest.raises(ValueError, match="there is no model 'sd15'"):
         weights.fetch(params, "sd15")
+
+
+def test_weights_that_cannot_be_had_are_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
+    assert weights.main(["sdxl"]) == bench.main([]) == 1  # this folder has no params.yaml
+    shutil.copy(config.Path(__file__).parents[1] / "params.yaml", tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub_error(errors.GatedRepoError))
+    assert weights.main(["sd35-medium"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        len(said) == 3
+        and said[0] == said[1]
+        and "params.yaml is missing" in said[0]
+        and said[2].startswith("mitune: the model 'stabilityai/stable-diffusion-3.5-medium' is gated")
+    )
 
 
 def test_an_offline_folder_is_all_that_is_asked(monkeypatch, folder):
