@@ -171,12 +171,16 @@ def coco(folder: Path, n: int | None = None, seed: int = 0) -> list[Captioned]:
 
 def diffusiondb(folder: Path) -> list[Captioned]:
     """The images of the drawn training prompts (`mitune.diffusiondb`), whose parts lie in `images`, unpacked or as zip files."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     pairs = Path(folder) / PAIRS
     if not pairs.is_file():
         raise ValueError(f"{pairs} is missing: `make data-diffusiondb` makes it")
-    rows = pq.read_table(pairs).to_pylist()
+    try:
+        rows = pq.read_table(pairs, columns=["prompt", "image_name", "part_id"]).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{pairs} is not the table of pairs ({_line(error)}): delete it, `make data-diffusiondb` makes it anew") from None
     return [_in(_images(Path(folder) / "images" / f"part-{row['part_id']:06d}", "diffusiondb"), row["image_name"], row["prompt"]) for row in rows]
 
 

@@ -46,9 +46,9 @@ def check_pipeline(folder: Path) -> tuple[str, list[str]]:
     """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
+    except (OSError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(f"cannot load a diffusers pipeline from {str(folder)!r}: its model_index.json is {describe(error)}; download it again") from error
-    parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
     for part in parts:
         if part == "safety_checker":
             continue

@@ -78,6 +78,9 @@ def test_what_is_not_there_is_named(folder):
     assert not (folder / "diffusiondb.parquet").exists()
     with pytest.raises(ValueError, match=r"pairs\.parquet is missing: `make data-diffusiondb` makes it"):
         images.diffusiondb(folder)
+    (folder / images.PAIRS).write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"pairs\.parquet is not the table of pairs \(.*\): delete it, `make data-diffusiondb` makes it anew"):
+        images.diffusiondb(folder)
     with pytest.raises(ValueError, match=r"images has no part-000001 or part-000001\.zip: put some there, https://huggingface\.co"):
         diffusiondb.build(folder / "elsewhere")
     (folder / "metadata.parquet").write_bytes(b"PAR1")

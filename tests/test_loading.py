@@ -52,6 +52,10 @@ def _no_index(folder):
     (folder / "model_index.json").unlink()
 
 
+def _another_index(folder):
+    (folder / "model_index.json").write_text("[1]")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -61,6 +65,7 @@ def _no_index(folder):
         (_no_part, r"its folder 'unet' is missing; download it again"),
         (_another_kind, r"holds a FluxPipeline; supported are StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline"),
         (_no_index, r"cannot load a diffusers pipeline from .*model_index.json is"),
+        (_another_index, r"cannot load a diffusers pipeline from .*model_index.json is"),
     ],
 )
 def test_bad_files_are_one_clear_line(folder, spoil, message):
