@@ -23,9 +23,10 @@ COMMANDS = {
     "stage": "dvc repro --dry --force --single-item sets@color",
     "metrics": "dvc metrics show --md reports/headline.json",
     "plots": "dvc plots show",
+    "precision": "tail -n +5 bench/precision-shapes-cpu.md",
     "experiment": "dvc exp run --dry --force --single-item --name k2 -S set.k=2 sets@color",
 }
-PLAIN = {"claims", "dag", "metrics"}  # Markdown of their own: not fenced
+PLAIN = {"claims", "dag", "metrics", "precision"}  # Markdown of their own: not fenced
 _BLOCK = re.compile(r"<!-- begin:(?P<name>\w+) -->\n.*?<!-- end:(?P=name) -->", re.DOTALL)
 
 
