@@ -50,3 +50,5 @@ def check_judge(judge: Weights, where: str) -> None:
             raise ValueError(f"unknown key {where}.parts.{part}: {judge.kind} {remedy}")
     if judge.kind in OF_THE_PROJECT and judge != type(judge)(kind=judge.kind, weights=judge.weights):
         raise ValueError(f"{where} has more than kind and weights: {judge.kind} takes no other setting")
+    if judge.kind == "inception" and judge.dtype != "float32":
+        raise ValueError(f"{where}.dtype is {judge.dtype}: FID's network is as its file has it, in float32; remove it")

@@ -89,6 +89,7 @@ def test_the_key_names_all_that_is_opened(tmp_path):
         ({"judge": {"kind": "blip-vqa", "parts": {"base": "a"}}}, r"unknown key models\.tiny\.judge\.parts\.base: blip-vqa has none; remove it"),
         ({"judge": {"kind": "3-in-1", "parts": {"hps": "a"}}}, r"unknown key models\.tiny\.judge\.parts\.hps: 3-in-1 has blip-vqa, 2d-spatial"),
         ({"judges": {"colour": {"kind": "vqascore"}}}, r"models\.tiny\.judges has 'colour': it must be one of color"),
+        ({"features": {"kind": "inception", "weights": "a", "dtype": "float16"}}, r"models\.tiny\.features\.dtype is float16: FID's network is .* in float32"),
         ({"similarity": {"kind": "cosine", "weights": "a", "dtype": "float16"}}, r"models\.tiny\.similarity has more than kind and weights"),
     ],
 )
