@@ -154,6 +154,11 @@ def write_table(frame: pd.DataFrame, path: Path, schema: str) -> None:
             pq.write_table(table, part, compression="zstd")
 
 
+def no_rows(schema: str) -> pd.DataFrame:
+    """The table `schema` without a row: what a stage leaves of what its model does not have."""
+    return pa.schema(list(SCHEMAS[schema].items())).empty_table().to_pandas()
+
+
 def read_table(path: Path, schema: str) -> pd.DataFrame:
     """The table at `path`, its columns checked against `schema`. Raises ValueError naming the file and the column."""
     path = Path(path)

@@ -32,12 +32,23 @@ def fetch(params: config.Params, name: str) -> Path:
     return folder
 
 
+def make_room(params: config.Params, name: str) -> None:
+    """The folders that dvc.yaml names of every model, empty where `models` names others, or the hub: those weights are known by their entry alone."""
+    entry = params.models[name]
+    for role, source in {"pipeline": entry.pipeline, "judge": entry.judge.weights, "similarity": entry.similarity.weights}.items():
+        folder = f"data/{name}/{role}"
+        if source != folder:
+            (config.root() / folder).mkdir(parents=True, exist_ok=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="an entry of `models` (default: that of `model`)")
     params = config.load()
+    name = parser.parse_args().model or params.model
     try:
-        print(fetch(params, parser.parse_args().model or params.model))
+        print(fetch(params, name))
+        make_room(params, name)
     except ValueError as error:
         raise SystemExit(str(error)) from None
 
