@@ -110,7 +110,7 @@ class Results:
         `images.parquet` and `layers.parquet` alone.
 
         The features are of unit norm: `images` and `base`, a row a row of `images.parquet`, and `reference/{category}/{split}` and
-        `decoded/{category}/{split}`, of rendered scenes of its prompts (`mitune.stages.steps.reference`).
+        `decoded/{category}/{split}`, of images that no model made, where there are any (`mitune.stages.steps.reference`).
         """
         return self.folder / "studies" / study / key
 

@@ -85,7 +85,7 @@ def scales(some: Iterable[Recipe]) -> list[float]:
 
 
 def cell_features(params, study: str, key: str) -> dict[str, np.ndarray]:
-    """The stored features (N, d) of a cell, float64: `images` and `base` of the rows of its table, both splits in it, and of rendered scenes."""
+    """The stored features (N, d) of a cell, float64: `images` and `base` of the rows of its table, both splits in it, and those of the reference."""
     found = read_tensors(Results(params.model).cell(study, key) / "features.safetensors")
     return {name: values.double().numpy() for name, values in found.items()}
 
