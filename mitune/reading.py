@@ -44,7 +44,7 @@ def study(params, name: str) -> dict[str, Recipe]:
     """The cells of a study that were `made`; it is shown which were not, if any, and why."""
     cells = made(params, name)
     if missing := [key for key in recipes(params, name) if key not in cells]:
-        why = "lacks what they take: rendered images or a denoiser of the embedded model, or images in `real_images`"
+        why = "lacks what they take: rendered images or a denoiser of the embedded model, images in `real_images`, or a single text encoder"
         display(Markdown(f"*Left out*: {', '.join(missing)}, for `{params.model}` {why}."))
     return cells
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mitune import captions, config, models, pipelines
 from mitune.benchmarks import Benchmark
+from mitune.loading import check_pipeline, located
 from mitune.prompts import Prompt
 from mitune.recipes import Recipe
 
@@ -25,6 +26,11 @@ def lacks(params, recipe: Recipe) -> bool:
     captioned = any(one.real_captions != "web" or one.real_from != "pretraining" for one in mixed)
     denoiser = recipe.unet is not None and recipe.unet.startswith("data/shapes/")
     return not config.embedded(params) and (denoiser or captioned or (bool(mixed) and params.real_images is None))
+
+
+def several_text_encoders(params) -> bool:
+    """Whether the model's pipeline has more than one, as SDXL: they are not trained."""
+    return "text_encoder_2" in check_pipeline(located(str(weights(params)["source"])))[1]
 
 
 def weights(params) -> dict[str, Path | str | bool | None]:

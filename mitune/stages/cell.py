@@ -11,7 +11,7 @@ from mitune import processes
 from mitune.adapters import ADAPTER_FILE
 from mitune.artifacts import Results, no_rows, read_json, write_json, write_table, write_tensors
 from mitune.recipes import recipes
-from mitune.stages import lacks, with_denoiser
+from mitune.stages import lacks, several_text_encoders, with_denoiser
 from mitune.stages.steps import evaluation, examined, features, reference, tuned
 
 PARTS = ("pool", "scores", "finetune")  # whose seconds are kept
@@ -25,7 +25,7 @@ def build(params, study: str, key: str) -> pd.DataFrame:
     rows.
     """
     recipe, place = recipes(params, study)[key], Results(params.model).cell(study, key)
-    if lacks(params, recipe):
+    if lacks(params, recipe) or (recipe.text_encoder and several_text_encoders(params)):
         return _left_out(recipe, place)
     params = with_denoiser(params, recipe.unet)
     images, seen, sets, costs, times = [], [], [], [], {part: {} for part in PARTS}
