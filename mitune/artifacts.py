@@ -110,7 +110,7 @@ class Results:
         `images.parquet` and `layers.parquet` alone.
 
         The features are of unit norm: `images` and `base`, a row a row of `images.parquet`, and `reference/{category}/{split}` and
-        `decoded/{category}/{split}`, of rendered scenes of its prompts (`mitune.stages.steps.reference`).
+        `decoded/{category}/{split}`, of images that no model made, where there are any (`mitune.stages.steps.reference`).
         """
         return self.folder / "studies" / study / key
 
@@ -152,6 +152,11 @@ def write_table(frame: pd.DataFrame, path: Path, schema: str) -> None:
     if processes.is_first():
         with atomic(path) as part:
             pq.write_table(table, part, compression="zstd")
+
+
+def no_rows(schema: str) -> pd.DataFrame:
+    """The table `schema` without a row: what a stage leaves of what its model does not have."""
+    return pa.schema(list(SCHEMAS[schema].items())).empty_table().to_pandas()
 
 
 def read_table(path: Path, schema: str) -> pd.DataFrame:

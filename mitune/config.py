@@ -262,6 +262,11 @@ def load(path: Path | None = None) -> Params:
     return params
 
 
+def embedded(params: Params | Declared) -> bool:
+    """Whether the model is the embedded one, whose world can be rendered: there alone the truth about an image is known."""
+    return params.model == "shapes"
+
+
 def check_downloaded(params: Params | Declared) -> None:
     """Raises ValueError if the model has a `hub`, and no folder yet."""
     entry = params.models[params.model]

@@ -53,11 +53,15 @@ def spacy_reader(model: str = SPACY_MODEL) -> Reader:
     return read
 
 
+def phrases(sentence: Sentence) -> tuple[str, ...]:
+    """A prompt's noun phrases: its first eight noun chunks but those that name a place; of a prompt without any the whole."""
+    return tuple(chunk for chunk in sentence.chunks if chunk not in NO_PHRASE)[:MOST_PHRASES] or (sentence.text,)
+
+
 def questions(sentence: Sentence) -> tuple[str, ...]:
-    """What BLIP is asked of a prompt, "{noun chunk}?" of its first eight, in small letters and without punctuation. Of a prompt without noun chunks
-    the whole is asked (there the benchmark scores 1)."""
-    phrases = [chunk for chunk in sentence.chunks if chunk not in NO_PHRASE][:MOST_PHRASES] or [sentence.text]
-    return tuple(re.sub(r'[.!"()*#:;~]', "", f"{phrase}?".lower()).rstrip() for phrase in phrases)
+    """What BLIP is asked of a prompt, "{noun phrase}?", in small letters and without punctuation. Of a prompt without noun chunks the whole is asked
+    (there the benchmark scores 1)."""
+    return tuple(re.sub(r'[.!"()*#:;~]', "", f"{phrase}?".lower()).rstrip() for phrase in phrases(sentence))
 
 
 def relation(prompt: str) -> str | None:

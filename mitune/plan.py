@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from mitune import config, probe, profiles
 from mitune.probe import Rates
 from mitune.recipes import Merge, Recipe, Studies, Tuning, recipes
-from mitune.stages import open_benchmark
+from mitune.stages import lacks, open_benchmark
 from mitune.stages.steps import times
 
 PASSES = 3
@@ -76,13 +76,15 @@ class Plan:
 def plan(params: config.Params, sizes: Sizes, available: Callable[[str, str], int | None] = lambda category, split: None) -> dict[str, Work]:
     """The work of every stage and study, by name, in the order of the pipeline."""
     made = Plan(params, sizes, available)
+    cases = params.base.cases if config.embedded(params) else 0
     for category in params.categories:
-        made.add("base", ("base", category), evaluations=2 * params.base.cases * params.base.timesteps)
+        made.add("base", ("base", category), evaluations=2 * cases * params.base.timesteps)
         _spine(made, category)
         _information(made, category)
     for study in (entry.name for entry in fields(Studies) if entry.name != "common"):
         for recipe in recipes(params, study).values():
-            (_merging if isinstance(recipe, Merge) else _cell)(made, study, recipe)
+            if not lacks(params, recipe):
+                (_merging if isinstance(recipe, Merge) else _cell)(made, study, recipe)
     return made.stages
 
 
@@ -109,7 +111,8 @@ def _information(made: Plan, category: str) -> None:
     plain, study = 2 * asked.timesteps, (2 + PHRASES + 2 * 3) * asked.timesteps  # of an image; the study's has phrases and three further kinds of noise
     chains = (len(asked.guidance_scales) * test + val) * asked.num_inference_steps + sum(asked.step_grid) * test
     terms = (len(asked.guidance_scales) + len(asked.step_grid) - 1) * test * plain + (test + val) * study
-    made.add("information", ("information", category), evaluations=asked.M * (2 * chains + terms) + test * asked.rendered * plain)
+    rendered = test * asked.rendered if config.embedded(made.params) else 0
+    made.add("information", ("information", category), evaluations=asked.M * (2 * chains + terms) + rendered * plain)
 
 
 def _cell(made: Plan, study: str, recipe: Recipe) -> None:

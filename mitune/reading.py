@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import Markdown, display
 from torch.nn import functional
 
 from mitune import config
 from mitune.artifacts import Results, read_json, read_table, read_tensors, write_json, write_metrics
 from mitune.models import load
+from mitune.pipelines import LatentDiffusion
 from mitune.recipes import Recipe, recipes
 from mitune.statistics import Interval, mean_interval
 
@@ -32,10 +34,44 @@ CELLS = {
 }  # fmt: skip
 
 
+def made(params, study: str) -> dict[str, Recipe]:
+    """The cells of a study that params.yaml has, but those that take what the model lacks: they left tables without rows."""
+    results, schema = Results(params.model), "merged" if study == "merging" else "cell"
+    return {key: recipe for key, recipe in recipes(params, study).items() if len(read_table(results.cell(study, key) / "images.parquet", schema))}
+
+
+def study(params, name: str) -> dict[str, Recipe]:
+    """The cells of a study that were `made`; it is shown which were not, if any, and why."""
+    cells = made(params, name)
+    if missing := [key for key in recipes(params, name) if key not in cells]:
+        why = "lacks what they take: rendered images or a denoiser of the embedded model, images in `real_images`, or a single text encoder"
+        display(Markdown(f"*Left out*: {', '.join(missing)}, for `{params.model}` {why}."))
+    return cells
+
+
+def about(params, missing: str = "") -> None:
+    """Of a model that is not the embedded one, show that it is, and what the article leaves out."""
+    if not config.embedded(params):
+        display(
+            Markdown(
+                f"*A run of `{params.model}`*: what the text says of the embedded model and its rendered scenes does not hold for it, and its judges are "
+                f"those that `models` in `params.yaml` names.{f' *Left out*: {missing}.' if missing else ''}"
+            )
+        )
+
+
+def end(params, name: str, why: str) -> None:
+    """End the article `name` here, with no finding, where the model lacks what all of it is about; what follows this cell is not run."""
+    report({}, config.root() / params.reports / f"metrics/{name}.json")
+    (config.root() / params.reports / "figures" / name).mkdir(parents=True, exist_ok=True)
+    display(Markdown(f"*Left out on `{params.model}`*: {why}."))
+    raise SystemExit
+
+
 def cells(params, study: str, kind: str, split: str = "test") -> pd.DataFrame:
-    """One table over the cells of a study that params.yaml has, and no others, with a column `cell`; `kind` is a key of `CELLS`, images are of one
-    split."""
-    results, keys = Results(params.model), recipes(params, study)
+    """One table over the cells of a study that params.yaml has and that were `made`, and no others, with a column `cell`; `kind` is a key of `CELLS`, images
+    are of one split."""
+    results, keys = Results(params.model), made(params, study)
     table = pd.concat([read_table(results.cell(study, key) / CELLS[kind], kind).assign(cell=key) for key in keys], ignore_index=True)
     return table[table["split"] == split].reset_index(drop=True) if "split" in table else table
 
@@ -49,7 +85,7 @@ def scales(some: Iterable[Recipe]) -> list[float]:
 
 
 def cell_features(params, study: str, key: str) -> dict[str, np.ndarray]:
-    """The stored features (N, d) of a cell, float64: `images` and `base` of the rows of its table, both splits in it, and of rendered scenes."""
+    """The stored features (N, d) of a cell, float64: `images` and `base` of the rows of its table, both splits in it, and those of the reference."""
     found = read_tensors(Results(params.model).cell(study, key) / "features.safetensors")
     return {name: values.double().numpy() for name, values in found.items()}
 
@@ -69,7 +105,7 @@ def over_scenes_and_seeds(rows: pd.DataFrame, value: str) -> Interval:
 def cell_seconds(params, study: str) -> pd.DataFrame:
     """How long the parts of each cell took where they were made, a column a cell: pool and scores in all, finetune the mean of its fine-tunings."""
     results, rows = Results(params.model), {}
-    for key in recipes(params, study):
+    for key in made(params, study):
         parts = read_json(results.cell(study, key) / "seconds.json")
         rows[key] = {name: sum(times.values()) / (len(times) if name == "finetune" else 1) for name, times in parts.items()}
     return pd.DataFrame(rows)
@@ -114,8 +150,14 @@ def of_steps(stored: dict[str, torch.Tensor], steps: int) -> dict[str, torch.Ten
 def pictures(params, category: str, split: str, rows: list[int]):
     """Images (len(rows), M, 3, H, W) of the candidates of some prompts of a pool, by their place in it."""
     latents = read_tensors(Results(params.model).pool(category, split), ["latents"])["latents"][rows]
-    source = config.root() / params.models[params.model].pipeline
-    return load(source if source.exists() else params.models[params.model].pipeline).decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+    return base(params).decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+
+
+def base(params) -> LatentDiffusion:
+    """The base model, in float32 on the CPU."""
+    entry = params.models[params.model]
+    folder = config.root() / entry.pipeline
+    return load(folder if folder.exists() else entry.pipeline)
 
 
 NOTHING = ("-", "no such control")  # what a finding has in place of the paper's number where the paper has none

@@ -14,7 +14,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from mitune import benchmarks, config, profiles, provenance, runner
+from mitune import benchmarks, config, profiles, provenance, runner, weights
 from mitune.recipes import Studies
 
 # on two cores, until a run has been timed:
@@ -62,15 +62,6 @@ def note(root: Path, params: config.Params, this_run: dict, running: tuple[str, 
             provenance.record(root / params.reports / provenance.FILE, this_run, stage, made, runner.seconds(stage.replace("@", "-")))
 
 
-def make_room(root: Path, params: config.Params) -> None:
-    """The folders of judges that dvc.yaml names of every model, empty where `models` names other weights: those are known by their entry alone."""
-    entry = params.models[params.model]
-    for role, judge in {"judge": entry.judge, "similarity": entry.similarity}.items():
-        folder = f"data/{params.model}/{role}"
-        if judge.weights != folder:
-            (root / folder).mkdir(parents=True, exist_ok=True)
-
-
 def repro(arguments: list[str], *, of_spine: bool = False) -> int:
     """Run `dvc repro` with `arguments`, of all stages or of the spine's; its exit status."""
     root = config.root().resolve()
@@ -88,7 +79,7 @@ def repro(arguments: list[str], *, of_spine: bool = False) -> int:
         stages = spine(stages)
         arguments = [*arguments, *(stage for stage in stages if stage[0].isdigit())]  # its articles, and with them what they need
     config.check_downloaded(params)
-    make_room(root, params)
+    weights.make_room(params, params.model)
     this_run, running = provenance.start(root, params.reports, params.device), None
     process = subprocess.Popen(command("repro", *arguments), cwd=root, env=env, stdout=subprocess.PIPE, text=True)
     try:

@@ -85,11 +85,17 @@ def run(notebook: Path, to: Path, injected: Mapping[str, Any], *, prepare_only: 
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook without what differs from run to run: stamps, random cell ids, the interpreter's version, how streams were cut into pieces."""
+    """The notebook without what differs from run to run: stamps, random cell ids, the interpreter's version, how streams were cut into pieces; and without what
+    follows a cell that ended it (`reading.end`)."""
     notebook.metadata = nbformat.from_dict(
         {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
     )
     notebook.nbformat, notebook.nbformat_minor = 4, 5
+    ended = [n for n, cell in enumerate(notebook.cells) if any(output.get("ename") == "SystemExit" for output in cell.get("outputs", ()))]
+    if ended:
+        last = notebook.cells[ended[0]]
+        last.outputs = [output for output in last.outputs if output.output_type == "display_data"]
+        notebook.cells = notebook.cells[: ended[0] + 1]
     for n, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{n:03d}"
         tags = cell.metadata.get("tags", [])

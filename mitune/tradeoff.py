@@ -20,7 +20,7 @@ MEASURES = {"cmmd": "CMMD", "frechet": "100 x Frechet distance", "vendi": "Vendi
 
 @dataclass(frozen=True)
 class View:
-    """Features (N, d) of images of some prompts, a row an image, and of reference images (P, K, d) of the P prompts; `prompts` (N,) are rows of it.
+    """Features (N, d) of images of some prompts, a row an image, and of reference images (P, K, d) of the P prompts, or none; `prompts` (N,) are rows of it.
 
     `scenes` and `seeds` (N,) are what is resampled. Two views are paired where these three are equal.
     """
@@ -29,15 +29,15 @@ class View:
     prompts: np.ndarray
     scenes: np.ndarray
     seeds: np.ndarray
-    reference: np.ndarray
+    reference: np.ndarray | None
 
     def measure(self, name: str, rows: np.ndarray) -> float:
         """One of `MEASURES` of some rows, against the reference images of their prompts. The Frechet distance is taken in the directions in which all
         reference images vary most, as many as the fewest images that `value` ever takes allow."""
-        each = self.reference.shape[1]
-        own = (np.unique(self.prompts[rows])[:, None] * each + np.arange(each)).ravel()
         if name == "vendi":
             return quality.vendi(self.features[rows])
+        each = self.reference.shape[1]
+        own = (np.unique(self.prompts[rows])[:, None] * each + np.arange(each)).ravel()
         if name == "cmmd":
             of_x, of_y, between = self._kernels
             return quality.cmmd_of(of_x[np.ix_(rows, rows)], of_y[np.ix_(own, own)], between[np.ix_(rows, own)])
@@ -68,27 +68,30 @@ class View:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """The names of `MEASURES` that so many images allow."""
+        """The names of `MEASURES` that so many images allow: without a reference there is no distance."""
+        if self.reference is None:
+            return ("vendi",)
         return tuple(name for name in MEASURES if name != "frechet" or self.dimensions)
 
 
 def view(params, study: str, key: str, scale: float, *, split: str = "test", of: str = "images") -> View:
-    """Of a cell at a guidance scale: its images, with `of="base"` the base's of the same prompts and noise, with `of="decoded"` rendered scenes of these
-    prompts through the autoencoder, the nearest to the reference that the model could come."""
+    """Of a cell at a guidance scale: its images, with `of="base"` the base's of the same prompts and noise, with `of="decoded"` other images like those of
+    the reference through the autoencoder, the nearest to it that the model could come."""
     table, found = read_table(Results(params.model).cell(study, key) / "images.parquet", "cell"), cell_features(params, study, key)
     at = np.flatnonzero((table["guidance_scale"] == scale) & (table["split"] == split))
     rows = table.iloc[at]
     order = {pair: n for n, pair in enumerate(dict.fromkeys(zip(rows["category"], rows["prompt_id"], strict=True)))}
     categories = recipes(params, study)[key].categories
-    of_category = {name: [found[f"{name}/{category}/{split}"] for category in categories] for name in ("reference", "decoded")}
     counts = rows.groupby("category", sort=False)["prompt_id"].nunique()
-    reference = np.concatenate([part.reshape(counts[category], -1, part.shape[1]) for category, part in zip(categories, of_category["reference"], strict=True)])
+    of_category = {category: found.get(f"reference/{category}/{split}") for category in categories}
+    there = all(part is not None for part in of_category.values())
+    reference = np.concatenate([part.reshape(counts[category], -1, part.shape[1]) for category, part in of_category.items()]) if there else None
     prompts = np.array([order[pair] for pair in zip(rows["category"], rows["prompt_id"], strict=True)])
     scenes, seeds = (rows["category"] + " " + rows["scene"]).to_numpy(), rows["seed"].to_numpy()
     if of != "decoded":
         return View(found[of][at], prompts, scenes, seeds, reference)
     first = seeds == seeds[0]
-    return View(np.concatenate(of_category["decoded"]), prompts[first], scenes[first], seeds[first], reference)
+    return View(np.concatenate([found[f"decoded/{category}/{split}"] for category in categories]), prompts[first], scenes[first], seeds[first], reference)
 
 
 def value(seen: View, name: str) -> Interval:

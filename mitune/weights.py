@@ -34,13 +34,24 @@ def fetch(params: config.Params, name: str) -> Path:
     return folder
 
 
+def make_room(params: config.Params, name: str) -> None:
+    """The folders that dvc.yaml names of every model, empty where `models` names others, or the hub: those weights are known by their entry alone."""
+    entry = params.models[name]
+    for role, source in {"pipeline": entry.pipeline, "judge": entry.judge.weights, "similarity": entry.similarity.weights}.items():
+        folder = f"data/{name}/{role}"
+        if source != folder:
+            (config.root() / folder).mkdir(parents=True, exist_ok=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mitune.weights", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="an entry of `models` (default: that of `model`)")
     chosen = parser.parse_args(arguments)
     try:
         params = config.load()
-        print(fetch(params, chosen.model or params.model))
+        name = chosen.model or params.model
+        print(fetch(params, name))
+        make_room(params, name)
     except ValueError as error:
         print(f"mitune: {error}", file=sys.stderr)
         return 1

@@ -1,13 +1,14 @@
 """Oracle: params.yaml's own judges, and entries of real kinds whose loaders are watched."""
 
 import dataclasses
+import re
 import typing
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mitune import alignment, clip, config, features, judges, language, networks, repro, spatial, vqa
+from mitune import alignment, clip, config, features, judges, language, networks, spatial, vqa, weights
 from mitune.artifacts import Results, read_tensors
 from mitune.schema import build
 from mitune.stages import evaluate, judging
@@ -127,13 +128,15 @@ def test_weights_of_another_model_are_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_model_whose_judges_are_on_the_hub_has_the_folders_that_dvc_yaml_names(tmp_path):
-    """Oracle: the folders of its judges among the dependencies of dvc.yaml."""
-    repro.make_room(tmp_path, SimpleNamespace(model="tiny", models={"tiny": model(judge={"kind": "shapes", "weights": "data/tiny/judge"})}))
-    assert [folder.name for folder in (tmp_path / "data" / "tiny").iterdir()] == ["similarity"]  # what is a model's own is not made up
-    repro.make_room(tmp_path, params())
+def test_a_model_whose_weights_are_elsewhere_has_the_folders_that_dvc_yaml_names(tmp_path, monkeypatch):
+    """Oracle: all that dvc.yaml's stages take of a model's data."""
     text = (config.root() / "dvc.yaml").read_text(encoding="utf-8")
-    assert all((tmp_path / "data" / "tiny" / role).is_dir() and f"- data/${{model}}/{role}\n" in text for role in ("judge", "similarity"))
+    monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))
+    own = {"pipeline": "data/tiny/pipeline", "judge": {"kind": "shapes", "weights": "data/tiny/judge"}}
+    weights.make_room(SimpleNamespace(models={"tiny": model(**own)}), "tiny")
+    assert [folder.name for folder in (tmp_path / "data" / "tiny").iterdir()] == ["similarity"]  # what is a model's own is not made up
+    weights.make_room(params(), "tiny")
+    assert {folder.name for folder in (tmp_path / "data" / "tiny").iterdir()} == set(re.findall(r"- data/\$\{model\}/(\S+)", text))
 
 
 def test_judges_are_plain_values():

@@ -17,6 +17,7 @@ def sentence(text: str, *chunks: str, parts: str = "") -> Sentence:
 
 def test_questions_are_the_noun_chunks():
     read = sentence("A red Bench, on the left of a blue car!", "A red Bench", "the left", "a blue car!")
+    assert language.phrases(read) == ("A red Bench", "a blue car!")
     assert language.questions(read) == ("a red bench?", "a blue car?")
     assert len(language.questions(sentence("many", *[f"thing {n}" for n in range(12)]))) == 8
 

@@ -6,7 +6,7 @@ import sys
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from papermill.exceptions import PapermillExecutionError
 
 from mitune import config, runner, smoke
@@ -40,6 +40,15 @@ def test_a_run_is_byte_stable_and_free_of_bars(trivial, tmp_path):
     for stamp in ("papermill", "iopub", "duration", "work:"):
         assert stamp not in text
     nbformat.validate(nbformat.read(tmp_path / "a.ipynb", as_version=4))
+
+
+def test_what_follows_a_cell_that_ends_the_notebook_is_left_out():
+    """Outputs as IPython writes them of `raise SystemExit`."""
+    said = new_output("display_data", data={"text/markdown": "*Left out*"})
+    words = [said, new_output("error", ename="SystemExit", evalue="", traceback=["..."]), new_output("stream", name="stderr", text="UserWarning: To exit: ...")]
+    notebook = new_notebook(cells=[new_code_cell("1"), new_code_cell("raise SystemExit", outputs=words), new_code_cell("2")])
+    kept = runner.clean(notebook).cells
+    assert [cell.source for cell in kept] == ["1", "raise SystemExit"] and kept[1].outputs == [said]
 
 
 def test_prepare_only_injects_and_does_not_execute(trivial, tmp_path):

@@ -8,13 +8,29 @@ from pathlib import Path
 
 from mitune import captions, config, models, pipelines
 from mitune.benchmarks import Benchmark
+from mitune.loading import check_pipeline, located
 from mitune.prompts import Prompt
+from mitune.recipes import Recipe
 
 
 def path(entry: str) -> Path | str:
     """A `models` entry as a folder of the project where there is one, else as it stands (a name on the hub)."""
     folder = config.root() / entry
     return folder if folder.exists() else entry
+
+
+def lacks(params, recipe: Recipe) -> bool:
+    """Whether a cell, which then leaves tables without rows, takes what the model does not have: a denoiser of the embedded model, images with captions of
+    the rendered world, or real images where `real_images` names none."""
+    mixed = [one for one in (recipe, recipe.pool_adapter) if one and one.real]
+    captioned = any(one.real_captions != "web" or one.real_from != "pretraining" for one in mixed)
+    denoiser = recipe.unet is not None and recipe.unet.startswith("data/shapes/")
+    return not config.embedded(params) and (denoiser or captioned or (bool(mixed) and params.real_images is None))
+
+
+def several_text_encoders(params) -> bool:
+    """Whether the model's pipeline has more than one, as SDXL: they are not trained."""
+    return "text_encoder_2" in check_pipeline(located(str(weights(params)["source"])))[1]
 
 
 def weights(params) -> dict[str, Path | str | bool | None]:
@@ -54,7 +70,7 @@ def open_benchmark(params) -> Benchmark:
 def read_prompts(params, category: str, split: str, n: int | None = None) -> list[Prompt]:
     """The first n prompts of a split, all by default. Raises ValueError where it has fewer, and for a prompt that the embedded model cannot be asked for."""
     items = open_benchmark(params).load(category, split, n)
-    if params.model == "shapes":
+    if config.embedded(params):
         for item in items:
             try:
                 captions.parse(item.text)

@@ -1,4 +1,4 @@
-"""Stage `base`: what the base model knows, and how far its autoencoder and its judges can be trusted."""
+"""Stage `base`: what the base model knows, and how far its autoencoder and its judges can be trusted, of rendered scenes: of the embedded model alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from mitune import captions as grammar
 from mitune import scenes
-from mitune.artifacts import Results, write_json, write_table
+from mitune.artifacts import Results, no_rows, write_json, write_table
+from mitune.config import embedded
 from mitune.corpus import clean_scenes, judge_labels
 from mitune.information import estimate, renoised_terms, renoised_timesteps
 from mitune.shards import progress
@@ -20,19 +21,23 @@ FAR = 4.0  # px; below it a direction is not clear. Captions state one only of o
 
 
 def build(params) -> tuple[pd.DataFrame, dict]:
-    """Write `base/knows.parquet`, the cases in which the true caption was held against a wrong one, and `base/checks.json`; return both."""
-    model, (judge, similarity), results = open_model(params), open_judges(params), Results(params.model)
-    cases = []
+    """Write `base/knows.parquet`, the cases in which the true caption was held against a wrong one, and `base/checks.json`; return both: without a row
+    and an entry where nothing can be rendered."""
+    results = Results(params.model)
+    table, examined = _examined(params) if embedded(params) else (no_rows("knows"), {})
+    write_table(table, results.base("knows.parquet"), "knows")
+    write_json(examined, results.base("checks.json"))
+    return table, examined
+
+
+def _examined(params) -> tuple[pd.DataFrame, dict]:
+    model, (judge, similarity), cases = open_model(params), open_judges(params), []
     with progress(len(params.categories), "knows", unit="category") as bar:
         for category in params.categories:
             texts = [item.text for item in read_prompts(params, category, "test")]
             cases.append(knows(model, category, texts, params.base, seed=params.seed))
             bar.update(1)
-    table = pd.concat(cases, ignore_index=True)
-    write_table(table, results.base("knows.parquet"), "knows")
-    examined = checks(model, judge, similarity, params.base, seed=params.seed)
-    write_json(examined, results.base("checks.json"))
-    return table, examined
+    return pd.concat(cases, ignore_index=True), checks(model, judge, similarity, params.base, seed=params.seed)
 
 
 def knows(model, category: str, texts: list[str], config, *, seed: int) -> pd.DataFrame:

@@ -9,22 +9,26 @@ import torch
 
 from mitune import processes
 from mitune.adapters import ADAPTER_FILE
-from mitune.artifacts import Results, read_json, write_json, write_table, write_tensors
+from mitune.artifacts import Results, no_rows, read_json, write_json, write_table, write_tensors
 from mitune.recipes import recipes
-from mitune.stages import with_denoiser
+from mitune.stages import lacks, several_text_encoders, with_denoiser
 from mitune.stages.steps import evaluation, examined, features, reference, tuned
 
+PARTS = ("pool", "scores", "finetune")  # whose seconds are kept
 SAME = ["category", "split", "guidance_scale", "prompt_id", "prompt", "image", "scene"]
 
 
 def build(params, study: str, key: str) -> pd.DataFrame:
     """Write what `Results.cell` lists, and return the table of evaluated images (schema `cell`).
 
-    `seconds.json` is apart from the rest: times differ from run to run, everything else does not.
+    `seconds.json` is apart from the rest: times differ from run to run, everything else does not. A cell that takes what the model lacks leaves tables without
+    rows.
     """
     recipe, place = recipes(params, study)[key], Results(params.model).cell(study, key)
+    if lacks(params, recipe) or (recipe.text_encoder and several_text_encoders(params)):
+        return _left_out(recipe, place)
     params = with_denoiser(params, recipe.unet)
-    images, seen, sets, costs, times = [], [], [], [], {"pool": {}, "scores": {}, "finetune": {}}
+    images, seen, sets, costs, times = [], [], [], [], {part: {} for part in PARTS}
     references: dict[str, torch.Tensor] = {}
     splits = ("test", "val") if recipe.val_prompts else ("test",)
     for category in recipe.categories:
@@ -53,6 +57,16 @@ def build(params, study: str, key: str) -> pd.DataFrame:
         write_table(pd.concat(pools, ignore_index=True), place / "pool.parquet", "scores")
     write_json(times, place / "seconds.json")
     return table
+
+
+def _left_out(recipe, place) -> pd.DataFrame:
+    tables = {"images": "cell", "sets": "kept", "costs": "costs"} | ({"pool": "scores"} if recipe.examine_pool else {})
+    for name, schema in tables.items():
+        write_table(no_rows(schema), place / f"{name}.parquet", schema)
+    write_tensors({}, place / "features.safetensors")
+    write_json({part: {} for part in PARTS}, place / "seconds.json")
+    (place / "adapters").mkdir(parents=True, exist_ok=True)
+    return no_rows("cell")
 
 
 def _paired(params, recipe, category: str, split: str, adapters) -> pd.DataFrame:

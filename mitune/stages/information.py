@@ -1,4 +1,5 @@
-"""Stage `information`: candidates over guidance and steps, their terms by phrase and by kind of noise, and those of rendered scenes, of known truth."""
+"""Stage `information`: candidates over guidance and steps, their terms by phrase and by kind of noise, and those of rendered scenes, of known truth, which
+the embedded model alone has."""
 
 from __future__ import annotations
 
@@ -7,17 +8,19 @@ from collections.abc import Sequence
 
 import pandas as pd
 import torch
+from torch.nn import functional
 
 from mitune import captions as grammar
-from mitune import scenes
-from mitune.artifacts import Results, write_table, write_tensors
+from mitune import language, scenes
+from mitune.artifacts import Results, no_rows, write_table, write_tensors
+from mitune.config import embedded
 from mitune.information import phrase_terms, renoised_terms, renoised_timesteps
 from mitune.memo import scratch
 from mitune.prompts import Prompt
 from mitune.sampling import noise_generator, noises
 from mitune.shards import progress, shards
 from mitune.stages import open_model, read_prompts, weights
-from mitune.stages.judging import image_rows, judged, judges_key, open_judges
+from mitune.stages.judging import image_rows, judged, judges_key, open_judges, read_sentence
 from mitune.stages.pool import TRAJECTORY, sampler
 
 FORMS = ("orthogonal", "standard")
@@ -34,7 +37,8 @@ def build(params, category: str) -> dict[str, pd.DataFrame]:
     study = params.pool.guidance_scale
     asked = {("candidates", scale): _candidates(model, judges, params, scale, config.num_inference_steps) for scale in config.guidance_scales}
     asked |= {("stepped", steps): _candidates(model, judges, params, study, steps) for steps in config.step_grid}
-    asked["rendered", None] = _rendered(model, params)
+    if embedded(params):
+        asked["rendered", None] = _rendered(model, params)
     measured = {"val": [("candidates", study)], "test": list(asked)}  # estimators are chosen on val, which needs no more
     total = sum(len(measured[split]) * len(of_split) for split, of_split in items.items())
     key = (config, study, params.seed, params.dtype, texts, *weights(params).values(), *judges_key(params, category))
@@ -65,8 +69,9 @@ def _candidates(model, judges, params, guidance_scale: float, steps: int):
         if not ours:
             found = _named("renoised", renoised_terms(model, latents, conditioning, model.null, noise=common, **options))
         else:
-            phrases = [model.encode([str(part) for part in grammar.components(grammar.parse(text))]) for text in texts]
+            phrases = [model.encode(_phrases(params, text)) for text in texts]
             found = phrase_terms(model, latents, conditioning, model.null, [phrases[row] for row in own.tolist()], noise=common, **options)
+            found |= {name: _padded(params, found[name]) for name in ("phrase_standard", "phrase_reduced")}
             found |= _named("renoised", {form: found.pop(form) for form in FORMS})
             each = noises([(text, image) for text in texts for image in range(config.M)], len(timesteps), model.latent_shape, seed=params.seed, stream="own")
             for kind, noise in zip(NOISES, (-common, _common_noise(model, params, texts, "second")[own], each), strict=True):
@@ -78,6 +83,17 @@ def _candidates(model, judges, params, guidance_scale: float, steps: int):
         )
 
     return compute
+
+
+def _phrases(params, text: str) -> list[str]:
+    """What a prompt asks for piece by piece, by the embedded world's grammar, or as spaCy reads it."""
+    return [str(part) for part in grammar.components(grammar.parse(text))] if embedded(params) else list(language.phrases(read_sentence()(text)))
+
+
+def _padded(params, terms: torch.Tensor) -> torch.Tensor:
+    """Terms of phrases (N, P, R), of spaCy's nan up to the most that a prompt can have; the grammar's prompts of one category have as many."""
+    missing = 0 if embedded(params) else language.MOST_PHRASES - terms.shape[1]
+    return functional.pad(terms, (0, 0, 0, missing), value=float("nan"))
 
 
 def _rendered(model, params):
@@ -135,7 +151,7 @@ def _tables(params, category: str, items: dict[str, list[Prompt]], cells: dict) 
         else:
             own = {name: values[name].flatten().double().numpy() for name in ("judge", "similarity")} | {VARIED[kind]: value}
         tables.setdefault(kind, []).append(rows.assign(**own))
-    return {kind: pd.concat(parts, ignore_index=True) for kind, parts in tables.items()}
+    return {kind: pd.concat(tables[kind], ignore_index=True) if kind in tables else no_rows(kind) for kind in ("candidates", "stepped", "rendered")}
 
 
 def _terms(cells: dict) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ import torch
 from mitune import processes
 from mitune.adapters import ADAPTER_FILE
 from mitune.artifacts import read_json, read_table, read_tensors, write_json, write_table, write_tensors
+from mitune.config import embedded
 from mitune.finetuning import finetune, read_captions, trained_parameters
 from mitune.information import estimate, renoised_terms, renoised_timesteps
 from mitune.memo import shared
@@ -210,18 +211,27 @@ def features(params, recipe: Recipe, category: str, *trained: Path, split: str =
 
 
 def reference(params, recipe: Recipe, category: str, *, split: str = "test") -> dict[str, torch.Tensor]:
-    """Features as in `features` of rendered scenes of which the prompts of a split are true: `reference`, `reference_images` of each prompt, and `decoded`,
-    as many other scenes as `evaluation` has images of a prompt, through the autoencoder: the best that the model could show."""
+    """Features as in `features` of images that no model made, for the prompts of a split: `reference`, `reference_images` a prompt, and `decoded`, as many
+    others as `evaluation` has images of a prompt, through the autoencoder: the best that the model could show. Rendered scenes of which the prompts are
+    true; of a model that is not the embedded one `real_images`, whatever they show, and nothing where there are none or too few."""
     texts = [item.text for item in evaluated_prompts(params, recipe, category, split)]
+    counts = {"reference": recipe.reference_images, "decoded": recipe.test_images}
+    real = None if embedded(params) else pairs.apart(params, recipe, category, {name: count * len(texts) for name, count in counts.items()})
+    if real is None and not embedded(params):
+        return {}
 
     def make(folder: Path) -> None:
         model, (_, similarity) = open_model(params), judging.open_judges(params, category)
-        images = pairs.rendered(texts, recipe.reference_images, params.seed, "reference").flatten(0, 1)
-        others = pairs.rendered(texts, recipe.test_images, params.seed, "decoded").flatten(0, 1)
-        found = {"reference": similarity.features(images), "decoded": similarity.features(model.decode(model.encode_images(others)))}
-        write_tensors({name: values.half().cpu() for name, values in found.items()}, folder / "features.safetensors")
+
+        def parts(name: str):
+            return pairs.opened(params, real[name], model) if real else [pairs.rendered(texts, counts[name], params.seed, name).flatten(0, 1)]
+
+        found = {"reference": [similarity.features(part) for part in parts("reference")]}
+        found["decoded"] = [similarity.features(model.decode(model.encode_images(part))) for part in parts("decoded")]
+        write_tensors({name: torch.cat(values).half().cpu() for name, values in found.items()}, folder / "features.safetensors")
 
     key = (*_base(params), *judging.judges_key(params, category), params.seed, recipe.reference_images, recipe.test_images, texts)
+    key += ({name: [(item.name, item.caption) for item in items] for name, items in real.items()},) if real else ()
     return read_tensors(shared("reference", *key, make=make) / "features.safetensors")
 
 
