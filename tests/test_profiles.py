@@ -23,7 +23,7 @@ def merged(*names):
     ("names", "counts"),
     [
         (["full"], {"cfg_rounds": 6, "set_size": 5, "adapters": 6, "merging": 18, "selection": 12, "caption_noise": 6}),
-        (["full", "smoke"], {"cfg_rounds": 5, "set_size": 3, "adapters": 2, "merging": 16, "selection": 5, "caption_noise": 4}),
+        (["full", "smoke"], {"cfg_rounds": 3, "set_size": 3, "adapters": 2, "merging": 12, "selection": 5, "caption_noise": 2}),
     ],
 )
 def test_every_recipe_of_the_widened_studies_is_valid(names, counts):
