@@ -99,10 +99,10 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
         tqdm.write("pretraining on the CPU takes hours (data/shapes/log.jsonl has each part's seconds); an interruption costs at most 200 steps")
     places = {"folder": folder, "scratch": scratch}
     write_prompts(folder / "prompts", seed=config.seed)
-    vae, tokenizer = _autoencoder(config, scratch), build_tokenizer(scratch / "tokenizer")
+    images, captions, _ = clean_scenes(config.clean_scenes, config.shares, seed=config.seed)
+    vae, tokenizer = _autoencoder(config, images, scratch), build_tokenizer(scratch / "tokenizer")
     with beside(judges, config, **places):
         torch.manual_seed(config.seed + 1)
-        images, captions, _ = clean_scenes(config.clean_scenes, config.shares, seed=config.seed)
         text_encoder = train_text_encoder(images, captions, tokenizer, steps=config.text_steps, scratch=scratch, device=config.device)
         del images
         torch.manual_seed(config.seed)
@@ -149,8 +149,7 @@ def beside(part: Callable[..., None], config: Pretraining, **places: Path) -> It
         done.result()
 
 
-def _autoencoder(config: Pretraining, scratch: Path):
-    images, _, _ = clean_scenes(config.clean_scenes, config.shares, seed=config.seed)
+def _autoencoder(config: Pretraining, images: torch.Tensor, scratch: Path):
     torch.manual_seed(config.seed)
     vae = build_vae().to(config.device)
     for n, steps in enumerate(config.vae_cycles):
@@ -166,7 +165,7 @@ def judges(config: Pretraining, *, folder: Path, scratch: Path) -> None:
     similarity = train_similarity(images, captions, tokenizer, steps=config.similarity_steps, seed=config.seed + 3, **options)
     similarity.half().save_pretrained(folder / "similarity")
     tokenizer.save_pretrained(folder / "similarity")
-    vae = _autoencoder(config, scratch)
+    vae = _autoencoder(config, images, scratch)
     torch.manual_seed(config.seed + 2)
     judge = ShapesJudge().to(config.device)
     for n, steps in enumerate(config.judge_cycles):

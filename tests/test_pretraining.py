@@ -93,7 +93,16 @@ def test_whitened_latents_have_one_variance_in_every_direction_and_the_same_imag
     assert not torch.allclose(w, torch.eye(4), atol=0.1)
 
 
-def test_the_whole_pretraining_at_toy_size_resumes_and_ships_a_model(tmp_path):
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_whole_pretraining_at_toy_size_resumes_and_ships_a_model(tmp_path, two_threads):
+    """First with the judges in a process of their own, then all in turn."""
     values, even = config.load().pretrain, dict.fromkeys((*captions.CATEGORIES, "single"), 1 / 7)
     sizes = {"clean_scenes": 24, "web_scenes": 24, "unet_width": 32, "text_steps": 1, "similarity_steps": 1, "snapshots": 1}
     few = {"cases": 2, "prompts": 2, "images": 3, "timesteps": 2, "num_inference_steps": 3, "batch_size": 4}
@@ -110,9 +119,10 @@ def test_the_whole_pretraining_at_toy_size_resumes_and_ships_a_model(tmp_path):
     assert (ranking.groupby(["step", "category", "prompt"]).size() == 3).all()
     assert len(ranking) == 2 * len(captions.CATEGORIES) * 2 * 3
     lines = (scratch / "log.jsonl").read_text().splitlines()
-    parts = [json.loads(line)["part"] for line in lines]  # on several threads two processes write them
+    parts = [json.loads(line)["part"] for line in lines]
     assert [part for part in parts if part[:3] in ("sim", "jud")] == ["similarity", "judge_1", "judge_2"]
     assert [part for part in parts if part[:3] not in ("sim", "jud")] == ["vae_1", "vae_2", "text_encoder", "unet_1", "unet_2"]
+    torch.set_num_threads(1)
     pretraining.pretrain(toy, folder=again, scratch=scratch)
     assert (scratch / "log.jsonl").read_text().splitlines() == lines  # finished parts are not trained again
     weights = "diffusion_pytorch_model.safetensors"
