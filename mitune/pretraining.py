@@ -9,50 +9,31 @@ from __future__ import annotations
 
 import argparse
 import copy
+import copyreg
 import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from mitune import captions as grammar
 from mitune.alignment import ShapesJudge
-from mitune.artifacts import read_table, write_table
-from mitune.benchmarks import Benchmark
-from mitune.config import Estimator, root
 from mitune.config import load as load_params
+from mitune.config import root
 from mitune.corpus import CaptionNoise, clean_scenes, misquoted, web_latents, write_prompts
-from mitune.information import query, renoised_terms, renoised_timesteps
-from mitune.memo import digest
+from mitune.curve import Probe, learning_curve
 from mitune.models import load
 from mitune.networks import build_scheduler, build_tokenizer, build_unet, build_vae
 from mitune.parts import encode_texts, reconstruct, train_judge, train_similarity, train_text_encoder, train_unet, train_vae, whiten
-from mitune.pipelines import LatentDiffusion
-from mitune.prompts import Prompt
-from mitune.sampling import noise_generator, noises, sample
 from mitune.schema import Share, build
-from mitune.stages.base import knows
-from mitune.stages.judging import image_rows, scene
 
 JUDGE_SHARES = {"color": 0.1, "shape": 0.05, "texture": 0.1, "spatial": 0.1, "non_spatial": 0.35, "complex": 0.25, "single": 0.05}
 """Of the judge's own scenes: more of those in which one object lies on another, the hardest to read; and what is not said is drawn evenly."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Of the learning curve, for each snapshot and category; images in one call of the network."""
-
-    cases: int  # rendered scenes, true against wrong caption
-    prompts: int  # validation prompts whose candidates are ranked
-    images: int  # candidates a prompt
-    timesteps: int  # of the re-noised terms, of cases and candidates
-    t_min: int  # in the cases only timesteps above it count
-    guidance_scale: float
-    num_inference_steps: int
-    batch_size: int
-    estimators: dict[str, Estimator]  # the columns of MI
 
 
 @dataclass(frozen=True)
@@ -102,6 +83,13 @@ class Pretraining:
     caption_noise: NoisyCaptions
 
 
+def _frozen(mapping: dict) -> MappingProxyType:
+    return MappingProxyType(mapping)
+
+
+copyreg.pickle(MappingProxyType, lambda mapping: (_frozen, (dict(mapping),)))  # a configuration may go to another process
+
+
 def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
     """Train every part that is not finished yet and write the model to `folder`."""
     from diffusers import StableDiffusionPipeline
@@ -109,37 +97,23 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     if config.device == "cpu" and not (scratch / "log.jsonl").exists():
         tqdm.write("pretraining on the CPU takes hours (data/shapes/log.jsonl has each part's seconds); an interruption costs at most 200 steps")
-    options = {"scratch": scratch, "device": config.device}
+    places = {"folder": folder, "scratch": scratch}
     write_prompts(folder / "prompts", seed=config.seed)
-    tokenizer = build_tokenizer(folder / "tokenizer")
     images, captions, _ = clean_scenes(config.clean_scenes, config.shares, seed=config.seed)
-    torch.manual_seed(config.seed)
-    vae = build_vae().to(config.device)
-    for n, steps in enumerate(config.vae_cycles):
-        train_vae(vae, images, name=f"vae_{n + 1}", steps=steps, seed=config.seed + n, **options)
-    whiten(vae, images[:2048])
-    torch.manual_seed(config.seed + 1)
-    text_encoder = train_text_encoder(images, captions, tokenizer, steps=config.text_steps, **options)
-    similarity = train_similarity(images, captions, tokenizer, steps=config.similarity_steps, seed=config.seed + 3, **options)
-    similarity.half().save_pretrained(folder / "similarity")
-    tokenizer.save_pretrained(folder / "similarity")
-    torch.manual_seed(config.seed + 2)
-    judge = ShapesJudge().to(config.device)
-    for n, steps in enumerate(config.judge_cycles):
-        images, _, drawn = clean_scenes(config.clean_scenes, JUDGE_SHARES, seed=config.seed + 2 + 10 * n, plain=0.0)
-        images[::2] = reconstruct(vae, images[::2])  # what it is to judge is decoded
-        train_judge(judge, images, drawn, name=f"judge_{n + 1}", steps=steps, seed=config.seed + 2 + n, **options)
-    judge.save(folder / "judge")
-    del images, captions, drawn
-    torch.manual_seed(config.seed)
-    unet, scheduler = build_unet(config.unet_width).to(config.device), build_scheduler(config.prediction_type)
-    for n, cycle in enumerate(config.unet_cycles):
-        latents, texts = web_latents(config.web_scenes, cycle.shares, config.noise, vae, seed=config.seed + 1 + 10 * n)
-        hidden_states, rows = _conditioned(texts, text_encoder, tokenizer, config.device)
-        train_unet(
-            unet, scheduler, latents, hidden_states, rows,
-            name=f"unet_{n + 1}", steps=cycle.steps, seed=config.seed + n, snapshots=config.snapshots, **options,
-        )  # fmt: skip
+    vae, tokenizer = _autoencoder(config, images, scratch), build_tokenizer(scratch / "tokenizer")
+    with beside(judges, config, **places):
+        torch.manual_seed(config.seed + 1)
+        text_encoder = train_text_encoder(images, captions, tokenizer, steps=config.text_steps, scratch=scratch, device=config.device)
+        del images
+        torch.manual_seed(config.seed)
+        unet, scheduler = build_unet(config.unet_width).to(config.device), build_scheduler(config.prediction_type)
+        for n, cycle in enumerate(config.unet_cycles):
+            latents, texts = web_latents(config.web_scenes, cycle.shares, config.noise, vae, seed=config.seed + 1 + 10 * n)
+            hidden_states, rows = _conditioned(texts, text_encoder, tokenizer, config.device)
+            train_unet(
+                unet, scheduler, latents, hidden_states, rows,
+                name=f"unet_{n + 1}", steps=cycle.steps, seed=config.seed + n, snapshots=config.snapshots, scratch=scratch, device=config.device,
+            )  # fmt: skip
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -151,10 +125,54 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder / "pipeline")
-    shutil.rmtree(folder / "tokenizer")
     shutil.copy(scratch / "log.jsonl", folder / "log.jsonl")
-    learning_curve(config, folder=folder, scratch=scratch)
-    caption_noise(config, folder=folder, scratch=scratch)
+    with beside(caption_noise, config, **places):
+        learning_curve(config.probe, [cycle.steps for cycle in config.unet_cycles], seed=config.seed, device=config.device, **places)
+
+
+@contextmanager
+def beside(part: Callable[..., None], config: Pretraining, **places: Path) -> Iterator[None]:
+    """Run `part(config, **places)` while the body runs: on a CPU of several cores in a process of its own, each with half of them, which two small networks use
+    better than one does all; elsewhere before the body."""
+    threads = torch.get_num_threads()
+    if config.device != "cpu" or threads < 2:
+        part(config, **places)
+        yield
+        return
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads // 2,)) as pool:
+        done = pool.submit(part, config, **places)
+        torch.set_num_threads(threads - threads // 2)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+        done.result()
+
+
+def _autoencoder(config: Pretraining, images: torch.Tensor, scratch: Path):
+    torch.manual_seed(config.seed)
+    vae = build_vae().to(config.device)
+    for n, steps in enumerate(config.vae_cycles):
+        train_vae(vae, images, name=f"vae_{n + 1}", steps=steps, seed=config.seed + n, scratch=scratch, device=config.device)
+    whiten(vae, images[:2048])
+    return vae
+
+
+def judges(config: Pretraining, *, folder: Path, scratch: Path) -> None:
+    """Write the similarity model and the judge to `folder`; the autoencoder, whose images the judge is trained on too, is the finished one in `scratch`."""
+    options, tokenizer = {"scratch": scratch, "device": config.device}, build_tokenizer(scratch / "tokenizer")
+    images, captions, _ = clean_scenes(config.clean_scenes, config.shares, seed=config.seed)
+    similarity = train_similarity(images, captions, tokenizer, steps=config.similarity_steps, seed=config.seed + 3, **options)
+    similarity.half().save_pretrained(folder / "similarity")
+    tokenizer.save_pretrained(folder / "similarity")
+    vae = _autoencoder(config, images, scratch)
+    torch.manual_seed(config.seed + 2)
+    judge = ShapesJudge().to(config.device)
+    for n, steps in enumerate(config.judge_cycles):
+        images, _, drawn = clean_scenes(config.clean_scenes, JUDGE_SHARES, seed=config.seed + 2 + 10 * n, plain=0.0)
+        images[::2] = reconstruct(vae, images[::2])  # what it is to judge is decoded
+        train_judge(judge, images, drawn, name=f"judge_{n + 1}", steps=steps, seed=config.seed + 2 + n, **options)
+    judge.save(folder / "judge")
 
 
 def caption_noise(config: Pretraining, *, folder: Path, scratch: Path) -> None:
@@ -187,61 +205,6 @@ def _conditioned(texts: list[str], text_encoder, tokenizer, device: str) -> tupl
     """What a denoiser learns from is told: hidden states of the different texts, the empty one first, and each text's row of them."""
     row = {text: i for i, text in enumerate(sorted({*texts, ""}))}
     return encode_texts(text_encoder, tokenizer, list(row), device=device), torch.tensor([row[text] for text in texts])
-
-
-def learning_curve(config: Pretraining, *, folder: Path, scratch: Path) -> dict[str, pd.DataFrame]:
-    """Write what each snapshot of the denoiser knows and ranks: `snapshots.parquet`, a row a case, and `ranking.parquet`, a row a candidate; return both.
-
-    Snapshots are `scratch/unet_{cycle}-{step of it}.pt`; `step` counts through all cycles. A finished one lies in `scratch/curve`, and is
-    asked again only if its weights, the probe, the prompts, the judge or another part of the pipeline have changed.
-    """
-    judge, model = ShapesJudge.load(folder / "judge", device=config.device), load(folder / "pipeline", device=config.device)
-    others = digest(config.probe, config.seed, *(folder / part for part in ("prompts", "judge", "pipeline/vae", "pipeline/text_encoder")))
-    starts = [sum(cycle.steps for cycle in config.unet_cycles[:n]) for n in range(len(config.unet_cycles))]
-    files = {start + int(file.stem.split("-")[1]): file for n, start in enumerate(starts) for file in sorted(scratch.glob(f"unet_{n + 1}-*.pt"))}
-    found: dict[str, list[pd.DataFrame]] = {"snapshots": [], "ranking": []}
-    for step, file in tqdm(files.items(), desc="learning curve"):
-        home = scratch / "curve" / f"{step:06d}-{digest(file, others)}"
-        if not all((home / f"{name}.parquet").exists() for name in found):
-            weights = torch.load(file, map_location=config.device, weights_only=True)
-            model.network.load_state_dict({name.removeprefix("unet."): value.float() for name, value in weights.items()})
-            for name, table in _examined(model, judge, folder / "prompts", config.probe, config.seed).items():
-                write_table(table.assign(step=step), home / f"{name}.parquet", name)
-        for name, tables in found.items():
-            tables.append(read_table(home / f"{name}.parquet", name))
-    curve = {name: pd.concat(tables, ignore_index=True) for name, tables in found.items()}
-    for name, table in curve.items():
-        write_table(table, folder / f"{name}.parquet", name)
-    return curve
-
-
-def _examined(model: LatentDiffusion, judge: ShapesJudge, folder: Path, probe: Probe, seed: int) -> dict[str, pd.DataFrame]:
-    """The tables of one state of the model, over all categories: `snapshots` and `ranking` but for their `step`."""
-    cases, candidates = [], []
-    for category in grammar.CATEGORIES:
-        items = Benchmark(folder).load(category, "val")
-        cases.append(knows(model, category, [item.text for item in items], probe, seed=seed).rename(columns={"correct": "knows"}))
-        candidates.append(_candidates(model, judge, items[: probe.prompts], probe, seed).assign(category=category))
-    known = pd.concat(cases, ignore_index=True)
-    known = known.assign(scene=known["prompt"].map(scene))[["category", "case", "prompt", "scene", "knows"]]
-    return {"snapshots": known, "ranking": pd.concat(candidates, ignore_index=True)}
-
-
-def _candidates(model: LatentDiffusion, judge: ShapesJudge, items: list[Prompt], probe: Probe, seed: int) -> pd.DataFrame:
-    """A row a candidate of each prompt: the judge's score and each estimator's MI in nats; re-noising noise is common to a prompt's candidates."""
-    rows = image_rows(items, probe.images)
-    texts, own = list(rows["prompt"]), torch.arange(len(items)).repeat_interleave(probe.images)
-    said, at = model.encode(texts), renoised_timesteps(len(model.alphas_cumprod), probe.timesteps)
-    samples = sample(
-        model, said, model.null, guidance_scale=probe.guidance_scale, num_inference_steps=probe.num_inference_steps,
-        generators=[noise_generator(seed, text, image) for text, image in zip(texts, rows["image"], strict=True)], terms=True, batch_size=probe.batch_size,
-    )  # fmt: skip
-    noise = noises([(item.text, 0) for item in items], len(at), model.latent_shape, seed=seed, stream="renoise")[own]
-    renoised = renoised_terms(model, samples.latents, said, model.null, timesteps=at, noise=noise, batch_size=probe.batch_size)
-    terms = {f"renoised_{form}": values for form, values in renoised.items()} | {"renoised_timesteps": at}
-    terms |= {name: getattr(samples, name) for name in ("orthogonal", "path", "timesteps")}
-    mi = {name: query(estimator, terms, model.alphas_cumprod).value.numpy() for name, estimator in probe.estimators.items()}
-    return rows.assign(judge=judge.score(model.decode(samples.latents), texts).double().numpy(), **mi)
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ from mitune.pipelines import LatentDiffusion
 from mitune.recipes import Recipe, recipes
 from mitune.statistics import Interval, mean_interval
 
+pd.set_option("display.max_colwidth", None)  # a rule is shown whole
+
 
 def tables(params, kind: str) -> pd.DataFrame:
     """One table over all categories; `kind` is scores, candidates, stepped, rendered, sets or images, or curve, which every arm has one of."""

@@ -17,6 +17,16 @@ from mitune.stages import merging as stage
 def values(toy_values):
     toy_values["studies"]["common"] |= {"seeds": [0], "block": 4}
     toy_values["arms"] = ["mi_best"]
+    color_and_shape, of_the_arm = {"categories": ["color", "shape"]}, {"categories": ["color", "spatial"], "arm": "mi_best"}
+    toy_values["studies"]["merging"] = {
+        "lambda_0": color_and_shape | {"merge": "weights", "weights": [0.0, 1.0]},
+        "lambda_100": color_and_shape | {"merge": "weights", "weights": [1.0, 0.0]},
+        "averaged": color_and_shape | {"merge": "adapters", "weights": [0.5, 0.5]},
+        "ties": color_and_shape | {"merge": "ties", "density": 0.2},
+        "joint": color_and_shape | {"merge": "joint"},
+        "mean_of_six": of_the_arm | {"merge": "weights"},
+        "joint_of_six": of_the_arm | {"merge": "joint"},
+    }
     return toy_values
 
 
