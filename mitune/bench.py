@@ -22,9 +22,10 @@ from mitune.information import both_branches, orthogonal_terms
 from mitune.pipelines import LatentDiffusion
 from mitune.prompts import Prompt
 from mitune.sampling import Sampler, noise_generator
-from mitune.shards import shards, workers
+from mitune.shards import shards
 from mitune.stages import open_model, read_prompts
 from mitune.stages.pool import sampler
+from mitune.threads import workers
 
 
 @dataclass

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from tqdm import tqdm
 
 from mitune import processes
 from mitune.artifacts import read_tensors, write_tensors
+from mitune.threads import side_by_side
 
 
 def shards(
@@ -35,33 +34,13 @@ def shards(
             write_tensors(compute(items[start : start + size]), files[start], everywhere=True)
         return min(count * size, len(items) - start + processes.index() * size)  # the others finish theirs meanwhile
 
-    with _side_by_side(device) as each:
+    with side_by_side(device) as each:
         for done in each(finish, starts[processes.index() :: count]):
             if progress is not None:
                 progress.update(done)
     processes.wait()
     parts = [read_tensors(file) for file in files.values()]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def workers(device: str) -> int:
-    """How many shards are computed at the same time."""
-    return torch.get_num_threads() if device == "cpu" else 1
-
-
-@contextlib.contextmanager
-def _side_by_side(device: str) -> Iterator[Callable]:
-    """A `map`: on a CPU by as many workers as torch has threads, of one thread each. After an error the work that has begun is still finished."""
-    if device != "cpu":
-        yield map
-        return
-    threads = workers(device)
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
 
 
 def progress(total: int, desc: str, unit: str = "it") -> tqdm:

@@ -29,6 +29,7 @@ from mitune.flow import flow_estimate, flow_terms, flow_times
 from mitune.information import estimate, kappa, renoised_terms, renoised_timesteps
 from mitune.mixture import MixtureWorld, stable_diffusion_schedule
 from mitune.sampling import Sampler, noise_generator, sample
+from mitune.threads import side_by_side
 
 RENOISED = {"orthogonal_renoised": ("orthogonal", 0), "standard": ("standard", 0), "standard_t300": ("standard", 300)}
 TRAJECTORY = {"orthogonal_trajectory": ("orthogonal", 0), "path": ("path", 0), "path_t300": ("path", 300)}
@@ -90,16 +91,18 @@ def over_worlds(
 
     `exact` is the MI of z_0 less that of z_T; with `times` (low, high) of a flow, that of z_low less that of z_high.
     """
-    parts = []
-    for seed in range(worlds):
+
+    def part(seed: int) -> pd.DataFrame:
         world = make(seed=seed)
         start = _information(world, n, seed)
         if times is None:
             exact = start - _information(world, n, seed, timestep=len(world.alphas_cumprod) - 1)
         else:
             exact = _information(world, n, seed, time=times[0]) - _information(world, n, seed, time=times[1])
-        parts.append(measure(world, seed=seed).assign(world=seed, start=start, exact=exact))
-    table = pd.concat(parts, ignore_index=True)
+        return measure(world, seed=seed).assign(world=seed, start=start, exact=exact)
+
+    with side_by_side("cpu") as each:
+        table = pd.concat(each(part, range(worlds)), ignore_index=True)
     return table.assign(unit=table["world"].astype(str) + ":" + table["prompt"].astype(str))
 
 
