@@ -107,27 +107,20 @@ def pretrain(config: Pretraining, *, folder: Path, scratch: Path) -> None:
         del images
         torch.manual_seed(config.seed)
         unet, scheduler = build_unet(config.unet_width).to(config.device), build_scheduler(config.prediction_type)
-        for n, cycle in enumerate(config.unet_cycles):
-            latents, texts = web_latents(config.web_scenes, cycle.shares, config.noise, vae, seed=config.seed + 1 + 10 * n)
-            hidden_states, rows = _conditioned(texts, text_encoder, tokenizer, config.device)
-            train_unet(
-                unet, scheduler, latents, hidden_states, rows,
-                name=f"unet_{n + 1}", steps=cycle.steps, seed=config.seed + n, snapshots=config.snapshots, scratch=scratch, device=config.device,
-            )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet.half(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        pipeline = StableDiffusionPipeline(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        *first, last = range(len(config.unet_cycles))
+        for n in first:
+            _denoiser(config, pipeline, n, scratch)
+    pipeline.save_pretrained(folder / "pipeline")  # what the small denoisers share with it is finished
+    with beside(caption_noise, config, **places):
+        _denoiser(config, pipeline, last, scratch)
+    unet.half()
     pipeline.save_pretrained(folder / "pipeline")
     shutil.copy(scratch / "log.jsonl", folder / "log.jsonl")
-    with beside(caption_noise, config, **places):
-        learning_curve(config.probe, [cycle.steps for cycle in config.unet_cycles], seed=config.seed, device=config.device, **places)
+    learning_curve(config.probe, [cycle.steps for cycle in config.unet_cycles], seed=config.seed, device=config.device, **places)
 
 
 @contextmanager
@@ -156,6 +149,15 @@ def _autoencoder(config: Pretraining, images: torch.Tensor, scratch: Path):
         train_vae(vae, images, name=f"vae_{n + 1}", steps=steps, seed=config.seed + n, scratch=scratch, device=config.device)
     whiten(vae, images[:2048])
     return vae
+
+
+def _denoiser(config: Pretraining, pipeline, n: int, scratch: Path) -> None:
+    """Cycle `n` of the pipeline's denoiser, in place."""
+    cycle = config.unet_cycles[n]
+    latents, texts = web_latents(config.web_scenes, cycle.shares, config.noise, pipeline.vae, seed=config.seed + 1 + 10 * n)
+    states, rows = _conditioned(texts, pipeline.text_encoder, pipeline.tokenizer, config.device)
+    options = {"seed": config.seed + n, "snapshots": config.snapshots, "scratch": scratch, "device": config.device}
+    train_unet(pipeline.unet, pipeline.scheduler, latents, states, rows, name=f"unet_{n + 1}", steps=cycle.steps, **options)
 
 
 def judges(config: Pretraining, *, folder: Path, scratch: Path) -> None:

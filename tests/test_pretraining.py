@@ -102,7 +102,7 @@ def two_threads():
 
 
 def test_the_whole_pretraining_at_toy_size_resumes_and_ships_a_model(tmp_path, two_threads):
-    """First with the judges in a process of their own, then all in turn."""
+    """First with judges and small denoisers in a process of their own, then all in turn."""
     values, even = config.load().pretrain, dict.fromkeys((*captions.CATEGORIES, "single"), 1 / 7)
     sizes = {"clean_scenes": 24, "web_scenes": 24, "unet_width": 32, "text_steps": 1, "similarity_steps": 1, "snapshots": 1}
     few = {"cases": 2, "prompts": 2, "images": 3, "timesteps": 2, "num_inference_steps": 3, "batch_size": 4}
