@@ -1,8 +1,9 @@
 """Oracle: an uninterrupted run for an interrupted one; the calls that were made."""
 
+import multiprocessing
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -112,19 +113,22 @@ def test_shared_work_goes_on_after_an_interruption(project):
     assert sorted(file.name for file in folder.iterdir()) == ["seconds.json", "value.json"]
 
 
+def make_slowly(folder):
+    (folder / f"made-{os.getpid()}").touch()
+    time.sleep(0.2)
+    write_json(1, folder / "value.json")
+
+
+def shared_slowly(n):
+    return memo.shared("pool", 1, make=make_slowly)
+
+
 def test_of_two_that_need_the_same_one_makes_it_and_one_waits(project):
-    calls = []
-
-    def make(folder):
-        calls.append(folder)
-        time.sleep(0.2)
-        write_json(1, folder / "value.json")
-
-    with ThreadPoolExecutor(3) as threads:
-        folders = list(threads.map(lambda n: memo.shared("pool", 1, make=make), range(3)))
-    assert len(calls) == 1
-    assert len(set(folders)) == 1
-    assert read_json(folders[0] / "value.json") == 1
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("fork")) as others:
+        folders = set(others.map(shared_slowly, range(3)))
+    (folder,) = folders
+    assert sorted(file.name for file in folder.iterdir() if not file.name.startswith("made-")) == ["seconds.json", "value.json"]
+    assert len(list(folder.glob("made-*"))) == 1
 
 
 def test_what_nobody_uses_is_removed_when_something_is_made(project):
