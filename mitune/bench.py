@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from mitune import config
+from mitune import commands, config
 from mitune.information import both_branches, orthogonal_terms
 from mitune.pipelines import LatentDiffusion
 from mitune.prompts import Prompt
@@ -71,7 +71,7 @@ def plain(model, prompts: list[Prompt], params) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mitune.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=16, help="prompts in the batched run (default: 16)")
+    parser.add_argument("--prompts", type=commands.count, default=16, help="prompts in the batched run (default: 16)")
     chosen = parser.parse_args(arguments)
     try:
         params = config.load()

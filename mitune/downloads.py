@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from mitune import config, diffusiondb
+from mitune import commands, config, diffusiondb
 
 COMPBENCH = "https://raw.githubusercontent.com/Karine-Huang/T2I-CompBench/1b7094991a57f3c22abdd4f6e8ba6c1a15517073/examples/dataset"
 SHA256 = {
@@ -68,7 +68,7 @@ def _sha256(path: Path) -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mitune.downloads", description=__doc__)
     parser.add_argument("name", choices=("t2i-compbench", "diffusiondb"))
-    parser.add_argument("--images", type=int, default=diffusiondb.IMAGES, help="diffusiondb: images a training prompt (default: %(default)s)")
+    parser.add_argument("--images", type=commands.count, default=diffusiondb.IMAGES, help="diffusiondb: images a training prompt (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="diffusiondb: of the sample (default: %(default)s)")
     chosen = parser.parse_args(arguments)
     name = chosen.name

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from mitune import config, probe
+from mitune import commands, config, probe
 from mitune.information import query, renoised_terms, renoised_timesteps
 from mitune.pipelines import LatentDiffusion
 from mitune.prompts import Prompt
@@ -69,6 +69,8 @@ def measured(params, items: Sequence[Prompt], precisions: Sequence[str]) -> list
 
     Raises ValueError for tf32 without an NVIDIA GPU, and for a precision that overflows.
     """
+    if "tf32" in precisions and not params.device.startswith("cuda"):
+        raise ValueError(f"tf32 is a precision of NVIDIA GPUs, and device is {params.device}; leave it out")
     latents, found = None, {}
     for precision in ("float32", *precisions):
         made, found[precision] = scores(_opened(params, precision), params, items, latents)
@@ -78,8 +80,6 @@ def measured(params, items: Sequence[Prompt], precisions: Sequence[str]) -> list
 
 def _opened(params, precision: str) -> LatentDiffusion:
     tf32 = precision == "tf32"
-    if tf32 and not params.device.startswith("cuda"):
-        raise ValueError(f"tf32 is a precision of NVIDIA GPUs, and device is {params.device}; leave it out")
     entry = replace(params.models[params.model], tf32=tf32)
     return open_model(config.Declared(vars(params) | {"dtype": "float32" if tf32 else precision, "models": params.models | {params.model: entry}}))
 
@@ -95,7 +95,7 @@ def table(rows: Sequence[Mapping[str, str | float]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mitune.precision", description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=4, help="prompts of the first category (default: 4)")
+    parser.add_argument("--prompts", type=commands.count, default=4, help="prompts of the first category (default: 4)")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="default: all, tf32 on an NVIDIA GPU alone")
     parser.add_argument("--write", action="store_true", help="write the table to bench/, named by the model and the device")
     chosen = parser.parse_args(arguments)

@@ -10,7 +10,7 @@ from mitune import config
 
 PACKAGE = config.root() / "mitune"
 FLOORS = {
-    0: {"schema", "processes", "threads", "prompts", "pixels", "language", "statistics", "plots", "captions", "reported"},
+    0: {"schema", "commands", "processes", "threads", "prompts", "pixels", "language", "statistics", "plots", "captions", "reported"},
     1: {"judges", "recipes", "checks", "config", "benchmarks", "geometry", "images", "scenes", "mixture"}
     | {"denoisers", "loading", "memory", "adapters", "pipelines", "models", "pretrained"},
     2: {
