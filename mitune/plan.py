@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields, replace
 
-from mitune import config, probe, profiles
+from mitune import architectures, commands, config, probe, profiles
 from mitune.probe import Rates
 from mitune.recipes import Merge, Recipe, Studies, Tuning, recipes
-from mitune.stages import lacks, open_benchmark
+from mitune.stages import lacks, open_benchmark, weights
 from mitune.stages.steps import times
 
 PASSES = 3
@@ -229,6 +229,22 @@ def available(params: config.Params) -> Callable[[str, str], int | None]:
     return count
 
 
+def sizes(params: config.Params) -> Sizes:
+    """Of the model's folder or, where its weights are not here yet, of the published architecture, if it is one of `architectures.CONFIGS`; no weight is read.
+
+    Raises ValueError where neither is known.
+    """
+    try:
+        found = weights(params)
+    except ValueError:
+        if params.model not in architectures.CONFIGS:
+            raise
+        network = architectures.Bare(architectures.CONFIGS[params.model]).network
+    else:
+        network = probe.blank(found["source"], found["unet"])
+    return Sizes(*probe.sizes(network, params.finetune))
+
+
 def parameters(profile: str | None) -> config.Params:
     """Those of `params.yaml`, with a profile merged into them."""
     values = config.read_yaml(config.root() / "params.yaml")
@@ -238,10 +254,12 @@ def parameters(profile: str | None) -> config.Params:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="mitune.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", choices=profiles.NAMES, help="with mitune/PROFILE.yaml merged into params.yaml")
-    parser.add_argument("--evaluations-per-second", type=float, help="of the denoiser; without it both rates are measured, which opens the model")
-    parser.add_argument("--samples-per-second", type=float, help=f"of training (without it: evaluations a second / {PASSES})")
-    parser.add_argument("--processes", type=int, default=1, help="among which the work is split (default: 1); the rates are of one")
+    parser.add_argument("--evaluations-per-second", type=commands.rate, help="of the denoiser; without it both rates are measured, which opens the model")
+    parser.add_argument("--samples-per-second", type=commands.rate, help=f"of training, beside it (without: evaluations a second / {PASSES})")
+    parser.add_argument("--processes", type=commands.count, default=1, help="among which the work is split (default: 1); the rates are of one")
     chosen = parser.parse_args()
+    if chosen.samples_per_second and not chosen.evaluations_per_second:
+        parser.error("argument --samples-per-second: give --evaluations-per-second too; without both the two rates are measured")
     try:
         params = parameters(chosen.profile)
         if chosen.evaluations_per_second:
@@ -249,7 +267,7 @@ def main() -> int:
             rates, said = Rates(rate, chosen.samples_per_second or rate / PASSES), "given"
         else:
             rates, said = probe.rates(params), f"measured on {params.device}, {params.dtype}"
-        stages = plan(params, Sizes(*probe.sizes(params)), available(params))
+        stages = plan(params, sizes(params), available(params))
     except ValueError as error:
         print(f"mitune: {error}", file=sys.stderr)
         return 1

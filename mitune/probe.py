@@ -19,7 +19,7 @@ from mitune.loading import describe
 from mitune.pipelines import LatentDiffusion
 from mitune.recipes import Tuning
 from mitune.sampling import noise_generator, sample
-from mitune.stages import open_model, path
+from mitune.stages import open_model
 
 SECONDS = 4.0
 """Sampling is measured for so long, after a turn that does not count."""
@@ -85,15 +85,12 @@ def timed(work: Callable[[], int], device: torch.device) -> tuple[float, int]:
     return units / spent, peak()
 
 
-def sizes(params) -> tuple[int, int]:
-    """Entries of a latent and parameters of the adapter, from the configuration of the denoiser alone: none of its weights is read."""
+def sizes(network: torch.nn.Module, tuning: Tuning) -> tuple[int, int]:
+    """Entries of a denoiser's latent, and parameters of its adapter."""
     import diffusers
 
-    entry = params.models[params.model]
-    here = path(entry.pipeline)
-    network = blank(here if isinstance(here, Path) else entry.hub or here, entry.unet and path(entry.unet))
     part = "unet" if isinstance(network, diffusers.UNet2DConditionModel) else "transformer"
-    return network.config.in_channels * network.config.sample_size**2, adapter_size(network, params.finetune, part)
+    return network.config.in_channels * network.config.sample_size**2, adapter_size(network, tuning, part)
 
 
 def blank(source: Path | str, unet: Path | str | None = None) -> torch.nn.Module:

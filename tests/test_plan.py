@@ -19,6 +19,10 @@ def changed(**changes):
     return config.read(config.merge(config.read_yaml(config.root() / "params.yaml"), changes))
 
 
+def of_model(name):
+    return changed(model=name, benchmark="t2i-compbench", prompts="data/t2i-compbench", reports=f"reports/{name}")
+
+
 def test_the_default_stages_by_hand():
     stages = plan.plan(changed(), SIZES, lambda category, split: 0 if (category, split) == ("color", "comp") else None)
     assert stages["pool"].evaluations == 6 * (40 + 12) * 16 * 25 * 2 == 249_600
@@ -101,7 +105,7 @@ def test_a_gpu_day_is_less_than_a_day():
 
 def test_the_adapters_size_is_pefts(tiny_pipeline):
     params = changed(models={"shapes": {"pipeline": str(tiny_pipeline)}})
-    latent, adapter = probe.sizes(params)
+    latent, adapter = dataclasses.astuple(plan.sizes(params))
     model = models.load(tiny_pipeline)
     assert latent == model.latent_shape[0] * model.latent_shape[1] * model.latent_shape[2]
     for kind in ("dora", "lora"):
@@ -113,6 +117,35 @@ def test_the_adapters_size_is_pefts(tiny_pipeline):
     assert adapter == finetuning.adapter_size(model.network, params.finetune)
     with pytest.raises(ValueError, match="cannot read the denoiser's configuration of '/nowhere'"):
         probe.blank("/nowhere")
+
+
+@pytest.mark.parametrize(("model", "blocks", "context", "side"), [("sd21-base", {320: 5, 640: 5, 1280: 6}, 1024, 64), ("sdxl", {640: 10, 1280: 60}, 2048, 128)])
+def test_a_plan_needs_no_weight_and_no_network(model, blocks, context, side, monkeypatch, tmp_path):
+    """The adapter by hand: rank (inputs + outputs) and an output more of each layer of the transformer blocks of each width."""
+    params, another = of_model(model), of_model("spright")
+    monkeypatch.setenv("MITUNE_ROOT", str(tmp_path))  # where nothing was downloaded
+    layers = [layer for c, n in blocks.items() for layer in n * [*6 * [(c, c)], *2 * [(context, c)], (c, 8 * c), (4 * c, c)]]
+    assert plan.sizes(params) == plan.Sizes(4 * side**2, sum(32 * (inputs + outputs) + outputs for inputs, outputs in layers))
+    with pytest.raises(ValueError, match="there is no folder 'data/spright/pipeline': `make weights MODEL=spright` takes it from"):
+        plan.sizes(another)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--evaluations-per-second", "0"], "argument --evaluations-per-second: '0' must be a number above 0"),
+        (["--evaluations-per-second", "nan"], "'nan' must be a number above 0"),
+        (["--evaluations-per-second", "fast"], "'fast' must be a number above 0"),
+        (["--evaluations-per-second", "5", "--processes", "0"], "argument --processes: '0' must be a whole number, at least 1"),
+        (["--evaluations-per-second", "5", "--processes", "1.5"], "'1.5' must be a whole number, at least 1"),
+        (["--samples-per-second", "5"], "argument --samples-per-second: give --evaluations-per-second too"),
+    ],
+)
+def test_impossible_numbers_are_refused_by_name(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["mitune.plan", *arguments])
+    with pytest.raises(SystemExit):
+        plan.main()
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_rates_are_measured_on_the_model_itself(tiny_pipeline, monkeypatch):
