@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mitune.denoisers import Conditioning
 from mitune.finetuning import add_adapter, objective
+from mitune.models import device_of
 from mitune.pipelines import DTYPES, LatentDiffusion
 from mitune.probe import device_name, evaluation_rate, keep, timed, training_rate
 from mitune.recipes import Timesteps, Tuning
@@ -176,8 +177,11 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="sample with a compiled network; minutes more")
     parser.add_argument("--write", action="store_true", help="write the table to bench/, named by the device")
     chosen = parser.parse_args()
-    device = torch.device(chosen.device)
-    if device.type != "cuda" or not torch.cuda.is_available():
+    try:
+        device = device_of(chosen.device)
+        if device.type != "cuda":
+            raise ValueError
+    except ValueError:
         print(
             f"mitune: device {chosen.device!r} is no GPU that torch sees here; `make bench` without DEVICE measures the model of params.yaml", file=sys.stderr
         )

@@ -43,7 +43,8 @@ def test_what_does_not_fit_says_so_and_the_rest_goes_on(monkeypatch):
     assert len(made) == 7 and all("does not fit: 2 images, micro-batches of 2" in row for row in made)
 
 
-def test_a_machine_without_a_gpu_is_one_clear_line(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["mitune.architectures", "--device", "cpu"])
+@pytest.mark.parametrize("device", ["cpu", "gpu", "cuda:99"])
+def test_a_machine_without_a_gpu_is_one_clear_line(device, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["mitune.architectures", "--device", device])
     assert architectures.main() == 1
-    assert "device 'cpu' is no GPU" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f"mitune: device '{device}' is no GPU that torch sees here; ")
