@@ -13,7 +13,7 @@ from mitune.artifacts import atomic
 from mitune.images import PAIRS, SOURCES
 from mitune.prompts import ranked
 
-COLUMNS = ("image_name", "prompt", "part_id", "image_nsfw")
+COLUMNS = pa.schema({"image_name": pa.string(), "prompt": pa.string(), "part_id": pa.int64(), "image_nsfw": pa.float64()})
 BLURRED = 2.0  # image_nsfw of an image that Stable Diffusion's filter had blurred
 PROMPTS = {"train": 1250, "val": 100, "test": 500}  # the paper's, and as many to tune on
 IMAGES = 4  # a training prompt; the paper's 5 000 pairs
@@ -40,8 +40,8 @@ def metadata(path: Path, parts: list[int]) -> pd.DataFrame:
     if not path.is_file():
         raise ValueError(f"{path} is missing: {SOURCES['diffusiondb']}")
     try:
-        table = pq.read_table(path, columns=list(COLUMNS)).to_pandas()
-    except (pa.ArrowInvalid, OSError) as error:
+        table = pq.read_table(path, columns=COLUMNS.names).cast(COLUMNS).to_pandas()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise ValueError(f"{path} is not DiffusionDB's metadata ({' '.join(str(error).split())}): fetch it again, {SOURCES['diffusiondb']}") from None
     table = table.assign(id=range(len(table)), prompt=table["prompt"].str.strip())
     return table[table["part_id"].isin(parts) & (table["image_nsfw"] < BLURRED) & (table["prompt"] != "")].drop(columns="image_nsfw")

@@ -15,6 +15,7 @@ import torch
 
 from mitune import quality
 from mitune.artifacts import read_tensors, write_tensors
+from mitune.features import INCEPTION_FILE
 from mitune.images import ENDINGS, Captioned, captioned
 from mitune.judges import Features
 from mitune.memo import shared
@@ -35,6 +36,8 @@ def fidelity(measure: str, images: Path, reference: Path, *, weights: str | None
         ValueError: too few images for the measure, a file that is no image, weights that cannot be read, or a device that is not here.
     """
     device_of(device)
+    if measure == "fid" and weights is None:
+        raise ValueError(f"fid takes the network of its file {INCEPTION_FILE}: give it as --weights (README, Judges of real images)")
     wanted, files, references = Features(kind=MEASURES[measure], weights=weights), _files(images), _files(reference)
 
     def make(folder: Path) -> None:
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("images", type=Path)
     parser.add_argument("reference", type=Path)
     parser.add_argument("--measure", choices=MEASURES, default="cmmd")
-    parser.add_argument("--weights", help="a folder, a file or a hub id in place of the published ones; fid takes inception-2015-12-05.pt")
+    parser.add_argument("--weights", help=f"a folder, a file or a hub id in place of the published ones; fid takes {INCEPTION_FILE}")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:<number> or mps")
     given = parser.parse_args(arguments)
     try:

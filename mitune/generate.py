@@ -32,7 +32,7 @@ def asked(source: Path, column: str, n: int | None, seed: int) -> list[Prompt]:
 
     Raises ValueError where there are fewer, and as `mitune.prompts.read_prompts` and `mitune.images.captioned` do.
     """
-    if source.suffix.lower() in READERS:
+    if source.suffix.lower() in READERS or (source.is_file() and source.suffix.lower() != ".tar"):
         items = read_prompts(source, column)
     else:
         items = distinct(Prompt(number, item.caption) for number, item in enumerate(captioned(source)))
@@ -98,8 +98,8 @@ def _check(folder: Path, settings: dict) -> None:
     if file.exists():
         if read_json(file) != settings:
             raise ValueError(f"{folder} holds images of other settings, those in its {SETTINGS}: give another folder, or delete it")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty, and its files are not of this command: give another folder")
+    elif folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise ValueError(f"{folder} is no empty folder, nor one of this command: give another folder")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -83,6 +83,11 @@ def test_what_is_not_there_is_named(folder):
         images.diffusiondb(folder)
     with pytest.raises(ValueError, match=r"images has no part-000001 or part-000001\.zip: put some there, https://huggingface\.co"):
         diffusiondb.build(folder / "elsewhere")
+    others = pq.read_table(folder / "metadata.parquet")
+    for table in (others.drop(["prompt"]), others.set_column(1, "prompt", pa.array([["text"]] * len(others)))):
+        pq.write_table(table, folder / "metadata.parquet")
+        with pytest.raises(ValueError, match=r"metadata\.parquet is not DiffusionDB's metadata \(.*fetch it again"):
+            diffusiondb.build(folder)
     (folder / "metadata.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"metadata\.parquet is not DiffusionDB's metadata \(.*fetch it again"):
         diffusiondb.build(folder)

@@ -154,7 +154,7 @@ def test_bad_input_is_one_line(project, inception, folders, capsys):
         ("cmmd", project / "empty", str(inception)): "has no image",
         ("fid", project / "broken", str(inception)): r"a\.png is not an image",
         ("fid", folders[0], str(project / "broken.pt")): "is not TorchScript",
-        ("fid", folders[0], None): "inception was named without weights",
+        ("fid", folders[0], None): r"fid takes the network of its file inception-2015-12-05\.pt: give it as --weights",
         ("fid", folders[0], str(project)): "inception-2015-12-05.pt is missing in",
         ("fd-dinov2", folders[0], str(inception)): "cannot read Dinov2Model from",
     }

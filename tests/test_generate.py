@@ -65,8 +65,9 @@ def test_what_is_there_is_kept_and_other_settings_are_refused(params, prompts, t
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.md").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty"):
-        generate.generate(params, items, other, **SETTINGS)
+    for place in (other, other / "notes.md"):
+        with pytest.raises(ValueError, match="is no empty folder, nor one of this command: give another folder"):
+            generate.generate(params, items, place, **SETTINGS)
 
 
 def test_what_cannot_be_made_leaves_nothing(params, prompts, tmp_path):
@@ -89,6 +90,9 @@ def test_drawn_prompts_are_those_of_the_seed(prompts, tmp_path):
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"{n}.png")
         (tmp_path / f"{n}.txt").write_text(text, encoding="utf-8")
     assert [item.text for item in generate.asked(tmp_path, "prompt", None, 0)] == TEXTS
+    (tmp_path / "prompts.docx").touch()
+    with pytest.raises(ValueError, match=r"prompts\.docx ends in '\.docx': a file of prompts ends in \.txt"):
+        generate.asked(tmp_path / "prompts.docx", "prompt", None, 0)
 
 
 def test_the_command_says_what_it_made(params, prompts, tmp_path, capsys):
