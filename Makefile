@@ -40,7 +40,7 @@ lab: .venv/stamp  ## open JupyterLab in notebooks/
 verify: .venv/stamp  ## compare the headline numbers in reports/ with the committed ones, within their intervals
 	@$(run) -m mitune.verify
 
-weights: .venv/stamp  ## download the weights of MODEL, an entry of `models` in params.yaml, into its folder
+weights: .venv/stamp  ## download the weights of MODEL, an entry of `models` in params.yaml, into its folder, and those of its judges
 	@$(run) -m mitune.weights $(MODEL)
 
 bench: .venv/stamp  ## measure the speed of set construction; with DEVICE=cuda that of SD-2.1 and SDXL at random weights, training too, written to bench/

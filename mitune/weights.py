@@ -1,4 +1,5 @@
-"""A model's weights from the hub into the folder that `models` in params.yaml names (`make weights MODEL=sd21-base`), the one step that asks the network.
+"""A model's weights from the hub into the folder that `models` in params.yaml names, and its judges' into the hub's cache (`make weights MODEL=sd21-base`):
+the one step that asks the network.
 
 An interrupted download goes on where it stopped, and nothing half-loaded is taken for a model.
 """
@@ -34,6 +35,15 @@ def fetch(params: config.Params, name: str) -> Path:
     return folder
 
 
+def read_judges(entry: config.Model) -> None:
+    """Read every judge of a model once: what the hub has of their weights is then here, also for a run with HF_HUB_OFFLINE=1, and what cannot be had is told
+    of before one. Raises ValueError, one line, for the first that cannot be read."""
+    from mitune.stages.judging import opened
+
+    for judge in filter(None, (entry.judge, *(entry.judges or {}).values(), entry.similarity, entry.features)):
+        opened(judge, "cpu")
+
+
 def make_room(params: config.Params, name: str) -> None:
     """The folders that dvc.yaml names of every model, empty where `models` names others, or the hub: those weights are known by their entry alone."""
     entry = params.models[name]
@@ -52,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = chosen.model or params.model
         print(fetch(params, name))
         make_room(params, name)
+        read_judges(params.models[name])
     except ValueError as error:
         print(f"mitune: {error}", file=sys.stderr)
         return 1

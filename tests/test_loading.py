@@ -17,7 +17,7 @@ from mitune.information import renoised_terms
 from mitune.loading import check_file, check_weights, located
 from mitune.models import load
 from mitune.sampling import sample
-from mitune.stages import open_model
+from mitune.stages import judging, open_model
 
 
 @pytest.fixture
@@ -181,6 +181,18 @@ def test_weights_that_cannot_be_had_are_one_line(monkeypatch, tmp_path, capsys):
         and "params.yaml is missing" in said[0]
         and said[2].startswith("mitune: the model 'stabilityai/stable-diffusion-3.5-medium' is gated")
     )
+
+
+def test_the_judges_weights_are_fetched_with_the_models(monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(weights, "fetch", lambda params, name: name)
+    monkeypatch.setattr(weights, "make_room", lambda *_: None)
+    monkeypatch.setattr(judging, "opened", lambda judge, device: opened.append((judge.kind, device)))
+    assert weights.main(["sdxl"]) == 0
+    assert opened == [("blip-vqa", "cpu"), ("2d-spatial", "cpu"), ("clipscore", "cpu")]
+    monkeypatch.setattr(judging, "opened", hub_error(ValueError))
+    assert weights.main(["sdxl"]) == 1
+    assert capsys.readouterr().err.startswith("mitune: what the hub said")
 
 
 def test_an_offline_folder_is_all_that_is_asked(monkeypatch, folder):
