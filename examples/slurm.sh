@@ -4,7 +4,7 @@
 #     sbatch examples/slurm.sh                    # or PROFILE=paper sbatch examples/slurm.sh
 #
 # Interrupted or out of time: submit it again; it goes on from the last finished shard or checkpoint.
-# Weights and prompts must be there before, for compute nodes rarely reach the network.
+# Compute nodes rarely reach the network, so that before it: make env, make weights MODEL=sd21-base (its judges' weights too), make data-t2i-compbench.
 #SBATCH --job-name=mitune
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -14,7 +14,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --output=mitune-%j.log
 set -euo pipefail
-export HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE=1 PATH="$PWD/.venv/bin:$PATH"
 
 make repro PROFILE="${PROFILE:-gpu-day}" PROCESSES="${SLURM_GPUS_ON_NODE:-8}"
 

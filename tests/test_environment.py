@@ -81,6 +81,16 @@ def test_make_help_lists_every_target():
         assert f"make {target}" in listed
 
 
+def test_the_slurm_example_is_bash_and_runs_a_stage_as_dvc_does():
+    script = ROOT / "examples" / "slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    text = re.sub(r"[#\\\s]+", " ", script.read_text(encoding="utf-8"))
+    stage = config.read_yaml(ROOT / "dvc.yaml")["stages"]["pool"]["do"]["cmd"]
+    for name, value in {"model": "sd21-base", "benchmark": "t2i-compbench", "item": "color"}.items():
+        stage = stage.replace(f"${{{name}}}", value)
+    assert " ".join(stage.split()).removeprefix("python ") in text
+
+
 def test_dvc_tells_nobody_and_keeps_results_apart():
     """No analytics, and a remote that plain `dvc pull` does not use."""
     import configparser
