@@ -35,6 +35,7 @@ MENDS = {  # of what latex2mathml writes, for what browsers make of it
     r"<mi>;</mi>": "<mo>;</mo>",  # with space behind it
     r"<mi>(log|exp|max|min)</mi>(?=<m(?!o))": r'\g<0><mspace width="0.167em"/>',
 }
+VERDICT = rf"<td[^>]*>(?:<strong>)?({'|'.join([*claims.VERDICTS, *claims.OWN.values()])})(?:</strong>)?</td>"
 LONG = 40  # characters of LaTeX: a formula in a line that is longer scrolls by itself
 
 
@@ -79,12 +80,24 @@ def markdown(text: str) -> str:
 
 
 def tables(text: str) -> str:
-    """HTML with every table in a box of its own that scrolls, without pandas' own style, and with verdicts marked."""
+    """HTML with every table in a box of its own that scrolls, without pandas' own style, with verdicts marked, and with its heading at each of their cells."""
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<table\b.*?</table>", lambda table: f'<div class="scroll">{table[0]}</div>', text, flags=re.DOTALL)
-    words = "|".join([*claims.VERDICTS, *claims.OWN.values()])
-    cell = rf"<td[^>]*>(?:<strong>)?({words})(?:</strong>)?</td>"
-    return re.sub(cell, lambda found: f'<td class="verdict {found[1].replace(" ", "-")}">{found[1]}</td>', text)
+    text = re.sub(r"<table\b.*?</table>", lambda table: f'<div class="scroll">{_labelled(table[0])}</div>', text, flags=re.DOTALL)
+    return re.sub(VERDICT, lambda found: f'<td class="verdict {found[1].replace(" ", "-")}">{found[1]}</td>', text)
+
+
+def _labelled(table: str) -> str:
+    """A table of words, whose cells stand below one another on a small screen, with the name of its column at each cell; one of numbers as it is."""
+    first, head, rest = re.match(r"(<table\b[^>]*>\s*)(<thead>.*?</thead>)?(.*)", table, re.DOTALL).groups()
+    if not head or ("dataframe" in first and not re.search(VERDICT, rest)):
+        return table
+    names = re.findall(r"<th\b[^>]*>(.*?)</th>", head.partition("</tr>")[0], re.DOTALL)
+
+    def row(found: re.Match) -> str:
+        cells = iter(names)
+        return re.sub(r"<(td|th)\b", lambda cell: f'<{cell[1]} data-label="{html.escape(re.sub("<.*?>", "", next(cells, "")))}"', found[0])
+
+    return first + head + re.sub(r"<tr\b.*?</tr>", row, rest, flags=re.DOTALL)
 
 
 def folded(summary: str, body: str) -> str:
@@ -333,9 +346,11 @@ def _clear(to: Path) -> None:
 
 
 def _whole(page: Page, articles: list[Page]) -> str:
-    links = [("index", "Claims"), *((other.name, other.name.partition("_")[0]) for other in articles), ("stages", "Stages")]
+    links = [("index", "Claims", "Claims"), *((other.name, other.name.partition("_")[0], other.title) for other in articles), ("stages", "Stages", "Stages")]
     here = ' aria-current="page"'
-    items = "".join(f'<a href="{name}.html"{here if name == page.name else ""}>{html.escape(label)}</a>' for name, label in links)
+    items = "".join(
+        f'<a href="{name}.html" title="{html.escape(title)}"{here if name == page.name else ""}>{html.escape(label)}</a>' for name, label, title in links
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -176,3 +176,11 @@ def test_a_formula_that_cannot_be_written_is_named():
 def test_without_reports_the_way_to_make_them_is_told(tmp_path):
     with pytest.raises(ValueError, match="make repro"):
         site.build(tmp_path, "reports", tmp_path / "site")
+
+
+def test_cells_of_a_table_of_words_name_their_column():
+    head = "<thead><tr><th></th><th>paper</th><th>verdict</th></tr><tr><th>claim</th><th></th><th></th></tr></thead>"
+    frame = '<table border="1" class="dataframe">{}<tbody><tr><th>It is so.</th><td>0.4</td><td>{}</td></tr></tbody></table>'
+    words, numbers = (Reader(site.tables(frame.format(head, last))) for last in ("holds", "7"))
+    assert [cell.get("data-label") for cell in words.all("td")] == ["paper", None]  # a verdict speaks for itself
+    assert [cell.get("data-label") for cell in numbers.all("td")] == [None, None]
