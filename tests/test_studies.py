@@ -323,6 +323,7 @@ def test_features_are_those_of_the_images_of_their_rows(params, values):
     assert ours.prompts.tolist() == [0, 1, 2] * 2 and ours.measures == ("cmmd", "vendi")
     apart = tradeoff.difference(ours, base, "cmmd")
     assert apart.mean == pytest.approx(tradeoff.value(ours, "cmmd").mean - tradeoff.value(base, "cmmd").mean)
+    assert tradeoff.difference(ours, base, "cmmd", times=2).mean == pytest.approx(apart.mean - tradeoff.value(base, "cmmd").mean)
     assert tradeoff.point(tradeoff.view(params, "cfg_rounds", "R2", 1.0, split="val"), "vendi") >= 1
     assert tradeoff.view(params, "cfg_rounds", "R2", 1.0, of="decoded").features.shape == (3, 96)
     with pytest.raises(ValueError, match="same prompts and seeds"):
