@@ -18,7 +18,7 @@ from mitune import benchmarks, config, profiles, provenance, runner, weights
 from mitune.recipes import Studies
 
 # on two cores, until a run has been timed:
-MINUTES = {"base": 3, "pool": 1.2, "scores": 1.2, "information": 3, "sets": 0.1, "finetune": 0.4, "evaluate": 3.8, "cost": 4}
+MINUTES = {"code": 0.1, "base": 3, "pool": 1.2, "scores": 1.2, "information": 3, "sets": 0.1, "finetune": 0.4, "evaluate": 3.8, "cost": 4}
 MINUTES |= {"cfg_rounds": 4, "set_size": 3.5, "adapters": 1.3, "merging": 2, "selection": 1.5, "caption_noise": 1.5}  # a cell, the mean of its study's
 ARTICLE_MINUTES = 0.4
 _BEGINS = re.compile(r"^Running stage '(?P<stage>[^']+)'|^Stage '(?P<same>[^']+)' (?:didn't change|is cached)")

@@ -1,9 +1,11 @@
 """The whole pipeline at toy size in a temporary clone. Oracles: DVC's own account of what changed, and the bytes of the first run."""
 
 import dataclasses
+import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +42,11 @@ def is_of(name, category):
     return not at or group in STUDIES or cell == category or cell.startswith(f"{category}-")
 
 
+def notebook(stage):
+    """The source that a stage runs."""
+    return Path(shlex.split(stage["cmd"])[3])
+
+
 @pytest.fixture(scope="module")
 def lock(project):
     """The first run's lock, its hashes of every output."""
@@ -53,6 +60,18 @@ def test_every_stage_has_run_and_is_up_to_date(project, lock):
 
 def test_a_second_run_runs_nothing(project, lock):
     assert "Running stage" not in dvc(project, "repro")
+
+
+def test_mending_a_module_makes_those_stages_stale_that_use_it(project, lock):
+    """Of plots.py, the articles that have figures; with the module as it was, none."""
+    module = project / "mitune" / "plots.py"
+    before = module.read_bytes()
+    users = {name for name in lock if "mitune.plots" in read_json(project / "results" / "shapes" / "code" / f"{notebook(lock[name]).stem}.json")}
+    for text, stale in ((before + b"# mended\n", users), (before, set())):
+        module.write_bytes(text)
+        dvc(project, "repro", "code")
+        assert set(json.loads(dvc(project, "status", "--json"))) == stale
+    assert users == {name for name in lock if name[0].isdigit()} - {"99_claims"}
 
 
 def test_reports_are_there(project, lock):

@@ -117,10 +117,9 @@ def test_every_stage_declares_what_it_is_given(name, stage):
     given = after[: next((n for n, word in enumerate(after) if word.startswith("--")), len(after))]
     assert given == stage["params"]
     written = [next(iter(out)) if isinstance(out, dict) else out for out in stage["outs"]]
-    assert words[3] in stage["deps"]
+    assert {words[3], words[3].partition("/")[0]} & set(stage["deps"])
     saved = words[words.index("--to") + 1]
     assert saved in written or name == "index"
-    assert {"mitune/runner.py", "mitune/config.py"} <= set(stage["deps"])
 
 
 def test_a_toy_pipeline_in_a_folder_with_a_space(trivial, tmp_path):

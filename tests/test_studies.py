@@ -400,5 +400,5 @@ def test_a_new_or_changed_key_concerns_its_own_cell_and_article_alone(tmp_path):
 
 
 def test_the_spine_has_no_study_and_no_index():
-    own = ["base", "pool@color", "finetune@color-judge", "00_base_model", "01a_exact_worlds", "03_finetuning"]
+    own = ["code", "base", "pool@color", "finetune@color-judge", "00_base_model", "01a_exact_worlds", "03_finetuning"]
     assert repro.spine([*own, "set_size@M50_k1", "adapters@dora", "05_set_size", "10_caption_noise", "99_claims", "index"]) == own
