@@ -212,7 +212,7 @@ def _points(rows: dict, labels: list[str]) -> tuple[np.ndarray, list]:
 def _bars(intervals: list) -> tuple[np.ndarray, np.ndarray]:
     """Means (n,) and the lengths (2, n) of their error bars; no bar where there is no interval."""
     means = np.array([interval.mean for interval in intervals], dtype=float)
-    ends = np.array([[interval.low, interval.high] for interval in intervals], dtype=float).T
+    ends = np.array([[interval.low, interval.high] for interval in intervals], dtype=float).reshape(-1, 2).T
     return means, np.nan_to_num(np.maximum([means - ends[0], ends[1] - means], 0))
 
 

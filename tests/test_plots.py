@@ -125,3 +125,8 @@ def test_a_level_has_the_colour_of_its_line():
     (ax,) = plots.curves({"a": ([0, 1], [0, 1]), "b": ([0, 1], [1, 0])}, xlabel="x", ylabel="y", levels={"b, joint": ("b", 0.5)}).axes
     assert ax.lines[2].get_color() == ax.lines[1].get_color()
     assert ax.lines[2].get_linestyle() == "--"
+
+
+def test_a_series_without_rows_leaves_the_others_where_they_are():
+    (ax,) = plots.interval_bars({"none": {}, "AUC": {"a": Interval(0.7, 0.6, 0.8, 9)}}, ylabel="AUC").axes
+    assert [patch.get_height() for patch in ax.patches] == [0.7]
