@@ -16,13 +16,12 @@ Needs = Mapping[str, set[str]]
 
 
 def needs(root: Path) -> Needs:
-    """As DVC has them, of the stages of dvc.yaml."""
+    """As DVC has them, of the stages of dvc.yaml, wherever this process works: `addressing` would have the way to dvc.yaml from there."""
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:
         graph = repo.index.graph
-        stages = {stage.addressing: {other.addressing for other in graph.successors(stage)} for stage in graph if stage.cmd}
-    return {stage: others & stages.keys() for stage, others in stages.items()}
+        return {stage.name: {other.name for other in graph.successors(stage) if other.cmd} for stage in graph if stage.cmd}
 
 
 def stale(root: Path, command: list[str], env: Mapping[str, str], needed: Needs) -> set[str]:
