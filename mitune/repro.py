@@ -25,6 +25,7 @@ MINUTES = {"code": 0.1, "base": 4, "pool": 1.8, "scores": 3, "information": 5, "
 MINUTES |= {"cfg_rounds": 6, "set_size": 4, "adapters": 1.5, "merging": 2.5, "selection": 1.8, "caption_noise": 2.5}  # a cell, the mean of its study's
 ARTICLE_MINUTES = 0.5
 ALONE = {"cost"}  # what measures the machine has it for itself
+FIRST = {"code"}  # all others read what it writes, most of which a mended module leaves as it was
 _BEGINS = re.compile(r"^Running stage '(?P<stage>[^']+)'|^Stage '(?P<same>[^']+)' (?:didn't change|is cached)")
 _PROGRESS = re.compile(r"^  \S+: ")  # of the runner
 
@@ -114,10 +115,11 @@ def repro(arguments: list[str], *, of_spine: bool = False, at_once: int | None =
 
 
 def _side_by_side(root: Path, stages: set[str], seen: set[str], at_once: int, began: Callable[[str], None], ended: Callable[[str], None]) -> int:
-    """Those of `stages` that have changed or depend on one that has, so many at once."""
+    """Those of `stages` that have changed or depend on one that has, so many at once; `FIRST` before it is asked which these are."""
     needed = lanes.needs(root)
-    stale = stages & lanes.stale(root, command("status", "--json"), environment(root), needed)
-    seen |= stages - stale
+
+    def stale() -> set[str]:
+        return stages & lanes.stale(root, command("status", "--json"), environment(root), needed)
 
     def work(stage: str) -> int:
         env = environment(root, MITUNE_WORKERS=str(threads.cores() if stage in ALONE else max(threads.cores() // at_once, 1)))
@@ -132,7 +134,16 @@ def _side_by_side(root: Path, stages: set[str], seen: set[str], at_once: int, be
             print("".join(last), end="", file=sys.stderr, flush=True)
         return process.returncode
 
-    return lanes.run(stale, needed, work, lanes=at_once, urgent=lanes.urgency(needed, expected_seconds), alone=ALONE, began=began, ended=ended)
+    def run(some: set[str]) -> int:
+        return lanes.run(some, needed, work, lanes=at_once, urgent=lanes.urgency(needed, expected_seconds), alone=ALONE, began=began, ended=ended)
+
+    changed = stale()
+    if changed & FIRST:
+        if status := run(changed & FIRST):
+            return status
+        changed = stale()
+    seen |= stages - changed
+    return run(changed)
 
 
 def _in_turn(root: Path, arguments: list[str], env: dict[str, str], seen: set[str], began: Callable[[str], None], ended: Callable[[str], None]) -> int:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mitune import config, lanes
+from mitune import config, lanes, repro
 
 NEEDED = {"code": set(), "pool": {"code"}, "scores": {"pool"}, "base": {"code"}, "cost": {"scores"}, "article": {"base", "scores", "cost"}}
 SECONDS = {"code": 1, "pool": 5, "scores": 4, "base": 6, "cost": 2, "article": 1}
@@ -72,6 +72,16 @@ def test_only_what_is_asked_for_runs():
 def test_after_a_failure_nothing_is_begun(at_once, expected):
     status, order, _ = begun(NEEDED, at_once=at_once, work=lambda stage: 3 if stage == "pool" else 0)
     assert (status, order) == (3, expected)
+
+
+def test_a_mended_module_makes_the_stages_that_use_it_alone(tmp_path, monkeypatch):
+    """What reads the hashes of the code is asked for anew when they are there."""
+    told, ran, seen = [set(NEEDED), {"article"}], [], set()
+    monkeypatch.setattr(lanes, "needs", lambda root: NEEDED)
+    monkeypatch.setattr(lanes, "stale", lambda *_: told.pop(0))
+    monkeypatch.setattr(lanes, "run", lambda stages, *_, **__: ran.append(set(stages)) or 0)
+    assert repro._side_by_side(tmp_path, set(NEEDED), seen, 2, print, print) == 0
+    assert ran == [{"code"}, {"article"}] and seen == NEEDED.keys() - {"article"}
 
 
 def test_needs_are_those_of_dvc_from_any_folder(tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def test_a_toy_pipeline_in_a_folder_with_a_space(trivial, tmp_path):
     dvc = [sys.executable, "-m", "dvc"]
     for command in (["git", "init", "--quiet"], [*dvc, "init", "--quiet"]):
         subprocess.run(command, cwd=folder, env=env, check=True)
-    first = subprocess.run([sys.executable, "-m", "mitune.repro"], cwd=folder, env=env, capture_output=True, text=True)
+    first = subprocess.run([sys.executable, "-m", "mitune.repro", "--at-once", "2"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "[1/2] s@color" in first.stdout
     assert "[2/2] s@spatial" in first.stdout
