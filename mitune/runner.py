@@ -145,7 +145,7 @@ def _environment(root: Path) -> Iterator[None]:
     os.environ["MITUNE_ROOT"] = str(root)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), before.get("PYTHONPATH")]))
     os.environ.setdefault("PYTHONHASHSEED", "0")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # bytes do not depend on the number of cores; these share the work by `mitune.threads`
+    os.environ["OMP_NUM_THREADS"] = "1"  # whatever it is outside: bytes do not depend on the number of cores, which share the work by `mitune.threads`
     os.environ.update(processes.own_gpu(dict(os.environ)))
     for name, value in ALLOCATOR.items():
         os.environ.setdefault(name, value)
@@ -212,7 +212,7 @@ def _record(name: str) -> Path:
 def together(arguments: list[str], count: int) -> int:
     """This command in `count` processes of this machine, which meet in the kernel of each; its exit status. `accelerate launch` does the same on several."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "mitune.runner", *arguments]
-    return subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}).returncode
+    return subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode  # as in `_environment`; torch would tell that it is so
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Oracle: a notebook of three cells, and DVC's own account of what changed."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,13 @@ def trivial(tmp_path):
 
 def outputs(path):
     return [output.text for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def test_a_kernel_has_one_thread_whatever_the_shell_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    with runner._environment(tmp_path):
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert os.environ["OMP_NUM_THREADS"] == "8"
 
 
 def test_a_run_is_byte_stable_and_free_of_bars(trivial, tmp_path):
