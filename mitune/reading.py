@@ -206,7 +206,7 @@ def resolution(width: float, printed: Iterable[float], what: str) -> Markdown:
     """
     largest = max(map(abs, printed))
     times = ((1 + 0.84 / 1.96) * width / largest) ** 2
-    takes = f"about {times:.0f} times as many scenes and seeds" if times >= 1.5 else "about as many scenes and seeds as were run"
+    takes = f"about {times:.1f} times as many scenes and seeds" if times > 1 else "no more scenes and seeds than were run"
     return Markdown(f"{what}: at most {largest:.1f} points. To tell a difference of that size from 0 in four runs of five takes {takes}.")
 
 
