@@ -70,12 +70,12 @@ def image_grid(images, *, scores=None, captions=None, columns=None, score_format
 
 @_styled
 def interval_dots(series: dict[str, dict], *, xlabel: str, control: str | None = None, reference: dict[str, float] | None = None, zero: bool = False) -> Figure:
-    """Dots with intervals: {series: {label: interval}}, a line a label, a colour a series; a label that only one series has stands on its line.
+    """Dots with intervals: {series: {label: interval}}, a line a label, a colour a series; where no label has two series, each stands on its line.
 
     The series `control` is grey; `reference` {label: value} marks the paper's value by a cross; `zero` draws the line of no effect.
     """
     labels = _labels(series)
-    beside = max(sum(label in rows for rows in series.values()) for label in labels)
+    beside = max((sum(label in rows for rows in series.values()) for label in labels), default=1)
     figure, ax = plt.subplots(figsize=(6.4, 0.9 + len(labels) * max(0.42, 0.24 * beside)))
     for (name, rows), offset, color in _placed(series, control, width=0.66 if beside > 1 else 0.0):
         at, intervals = _points(rows, labels)
