@@ -115,8 +115,9 @@ def repro(arguments: list[str], *, of_spine: bool = False, at_once: int | None =
 
 
 def _side_by_side(root: Path, stages: set[str], seen: set[str], at_once: int, began: Callable[[str], None], ended: Callable[[str], None]) -> int:
-    """Those of `stages` that have changed or depend on one that has, so many at once; `FIRST` before it is asked which these are."""
-    needed = lanes.needs(root)
+    """Those of `stages` that have changed or depend on one that has, so many at once; `FIRST` before it is asked which these are. What a failed one said last
+    is shown, but not of those that an interruption ended."""
+    needed, said = lanes.needs(root), dict[str, str]()
 
     def stale() -> set[str]:
         return stages & lanes.stale(root, command("status", "--json"), environment(root), needed)
@@ -131,11 +132,15 @@ def _side_by_side(root: Path, stages: set[str], seen: set[str], at_once: int, be
             if _PROGRESS.match(line):
                 print(line, end="", flush=True)
         if process.wait():
-            print("".join(last), end="", file=sys.stderr, flush=True)
+            said[stage] = "".join(last)
         return process.returncode
 
+    def over(stage: str) -> None:
+        print(said.get(stage, ""), end="", file=sys.stderr, flush=True)
+        ended(stage)
+
     def run(some: set[str]) -> int:
-        return lanes.run(some, needed, work, lanes=at_once, urgent=lanes.urgency(needed, expected_seconds), alone=ALONE, began=began, ended=ended)
+        return lanes.run(some, needed, work, lanes=at_once, urgent=lanes.urgency(needed, expected_seconds), alone=ALONE, began=began, ended=over)
 
     changed = stale()
     if changed & FIRST:
