@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mitune import claims, config, provenance, reported, site, smoke
+from mitune import claims, config, lanes, provenance, reported, repro, runner, site, smoke
 from mitune.artifacts import read_json
 from mitune.recipes import Studies
 
@@ -109,23 +109,31 @@ def test_a_forced_run_gives_equal_bytes(project, lock):
     """Of the base, of one category's chain, of the studies' cells from what they share, and of what reads them."""
     category = config.load(project / "params.yaml").categories[0]
     forced = [name for name in lock if is_of(name, category)]
-    dvc(project, "repro", "--force", "--single-item", *forced)
+
+    def work(name):
+        dvc(project, "--wait-for-lock", "repro", "--force", "--single-item", name)
+        return 0
+
+    assert lanes.run(forced, lanes.needs(project), work, lanes=2, urgent=dict.fromkeys(lock, 0.0), alone=repro.ALONE, began=str, ended=str) == 0
     again = config.read_yaml(project / "dvc.lock")["stages"]
     different = [f"{name}: {out['path']}" for name in forced for out, old in zip(again[name]["outs"], lock[name]["outs"], strict=True) if out != old]
     assert not different
 
 
-def test_every_notebook_passes_nbval(project, lock):
+def test_every_notebook_passes_nbval(project, lock, monkeypatch):
     """Prepared with the parameters of their stages; another category's would only repeat the same cells."""
     category = config.load(project / "params.yaml").categories[0]
     prepared = project / "notebooks" / "prepared"
     files = []
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("MITUNE_ROOT", str(project))
     for name, stage in lock.items():
         if not is_of(name, category):
             continue
         words = shlex.split(stage["cmd"])
         at = words.index("--to") + 1
         words[at] = str(prepared / f"{len(files):02d}-{name.replace('@', '-')}.ipynb")
-        run(project, sys.executable, *words[1:], "--prepare-only")
+        assert runner.main([*words[3:], "--prepare-only"]) == 0
         files.append(words[at])
-    run(project, sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", *files)
+    options = "--quiet -p no:cacheprovider --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --numprocesses 2 --dist loadfile"
+    run(project, sys.executable, "-m", "pytest", *options.split(), *files)
