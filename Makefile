@@ -19,11 +19,11 @@ env: .venv/stamp  ## make the environment (.venv) from requirements.lock
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch .venv/stamp
 
-repro: .venv/stamp  ## run MI-TUNE end to end (dvc repro), with progress and time left; with PROFILE=full its studies widened, in profiles/full; PROCESSES=4 for 4 GPUs
-	@$(if $(PROCESSES),MITUNE_PROCESSES=$(PROCESSES)) $(run) -m mitune.repro $(if $(PROFILE),--profile $(PROFILE))
+repro: .venv/stamp  ## run MI-TUNE end to end (dvc repro), with progress and time left; with PROFILE=full its studies widened, in profiles/full; AT_ONCE=1 for one stage at a time; PROCESSES=4 for 4 GPUs
+	@$(if $(PROCESSES),MITUNE_PROCESSES=$(PROCESSES)) $(run) -m mitune.repro $(if $(PROFILE),--profile $(PROFILE)) $(if $(AT_ONCE),--at-once $(AT_ONCE))
 
 spine: .venv/stamp  ## run the articles 00 to 03 and what they need, without the studies
-	@$(run) -m mitune.repro --spine
+	@$(run) -m mitune.repro --spine $(if $(AT_ONCE),--at-once $(AT_ONCE))
 
 plan: .venv/stamp  ## tell what a run takes before it starts: evaluations, training, disk, memory, hours on this device; with PROFILE=paper that profile's
 	@$(run) -m mitune.plan $(if $(PROFILE),--profile $(PROFILE)) $(if $(PROCESSES),--processes $(PROCESSES))

@@ -66,6 +66,10 @@ class Results:
     def folder(self) -> Path:
         return Path(self.root) / "results" / self.model
 
+    def code(self, notebook: str) -> Path:
+        """The modules that a notebook uses, with their SHA-256 (`sources.of_notebooks`): what its stages depend on in their place."""
+        return self.folder / "code" / f"{notebook}.json"
+
     def pool(self, category: str, split: str) -> Path:
         return self.folder / "pools" / category / f"{split}.safetensors"
 

@@ -100,13 +100,14 @@ def captioned(source: Path) -> list[Captioned]:
     if not source.exists():
         raise ValueError(f"{source} is missing: give {SOURCES.get(source.name, SOURCES['real'])}")
     if (source / CAPTIONS).is_file():
-        return coco(source)
-    if (source / PAIRS).is_file():
-        return diffusiondb(source)
-    shards = [source] if source.is_file() else sorted(source.glob("*.tar"))
-    found = [item for shard in shards for item in _shard(shard)] if shards else _folder(source)
+        found = coco(source)
+    elif (source / PAIRS).is_file():
+        found = diffusiondb(source)
+    else:
+        shards = [source] if source.is_file() else sorted(source.glob("*.tar"))
+        found = [item for shard in shards for item in _shard(shard)] if shards else _folder(source)
     if not found:
-        raise ValueError(f"{source} has no image: give {SOURCES['real']}")
+        raise ValueError(f"{source} has no image: give {SOURCES.get(source.name, SOURCES['real'])}")
     return found
 
 
@@ -164,7 +165,7 @@ def coco(folder: Path, n: int | None = None, seed: int = 0) -> list[Captioned]:
         names = {image["id"]: image["file_name"] for image in found["images"]}
         first = {note["image_id"]: note["caption"].strip() for note in sorted(found["annotations"], key=lambda note: -note["id"])}
         items = [_in(images, f"val2014/{names[key]}", first[key]) for key in sorted(first)]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no file of COCO captions ({type(error).__name__}: {_line(error)}): fetch it again, {SOURCES['coco2014']}") from None
     return items if n is None else draw(items, n, seed)
 

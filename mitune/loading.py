@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ def located(source: str | Path, *, folder: Path | None = None) -> Path:
     name, _, revision = str(source).partition("@")
     if Path(source).is_dir():
         return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not on_hub(source):
         raise ValueError(f"there is no model in {str(source)!r}; name a diffusers pipeline folder or a hub model 'owner/name'")
     from huggingface_hub import errors, snapshot_download
 
@@ -36,6 +37,11 @@ def located(source: str | Path, *, folder: Path | None = None) -> Path:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
         remedy = "download it where there is a network (`hf download`), and name the folder: with HF_HUB_OFFLINE=1 nothing else is asked"
         raise ValueError(f"the model {str(source)!r} is not on this machine, and the hub cannot be reached: {remedy}") from error
+
+
+def on_hub(source: str | Path) -> bool:
+    """Whether this can be a name on the hub, "owner/name" or "owner/name@revision"."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", str(source)))
 
 
 def check_pipeline(folder: Path) -> tuple[str, list[str]]:
@@ -54,6 +60,8 @@ def check_pipeline(folder: Path) -> tuple[str, list[str]]:
             continue
         if not (folder / part).is_dir():
             raise ValueError(f"cannot load a diffusers pipeline from {str(folder)!r}: its folder {part!r} is missing; download it again")
+        if part.startswith("tokenizer") and not (folder / part / "tokenizer_config.json").is_file():
+            raise ValueError(f"{str(folder / part / 'tokenizer_config.json')!r} is missing, which says how long a prompt may be; download it again")
         if (folder / part / "config.json").is_file():
             check_weights(folder / part)
     return index.get("_class_name", ""), parts
@@ -89,18 +97,30 @@ def check_file(file: Path) -> None:
         raise ValueError(f"{str(file)!r} is not a whole safetensors file ({describe(error)}); delete it and download it again") from error
 
 
+def check_tokenizer(tokenizer, source: str | Path) -> None:
+    """Raises ValueError for a tokenizer that knows no word, which is what transformers makes, without an error, where the vocabulary is missing."""
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # T5's has a mark of spaces even then
+        raise ValueError(f"the tokenizer of {str(source)!r} knows no word: its tokenizer.json or vocabulary is missing; download it again")
+
+
 def describe(error: Exception) -> str:
     """An error in one line."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is a pickle of more than tensors, which can run any code"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager
 def quiet(*, warnings: bool = False) -> Iterator[None]:
-    """The libraries' loading bars off, which would end up in saved notebooks, and unless `warnings` transformers' about torchvision on importing."""
+    """The libraries' loading bars off, which would end up in saved notebooks, the hub's word of each attempt too, and unless `warnings` transformers' about
+    torchvision on importing."""
     from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils import logging as of_hub
     from transformers.utils import logging as of_transformers
 
     shown, verbosity = [module for module in (of_diffusers, of_transformers) if module.is_progress_bar_enabled()], of_transformers.get_verbosity()
+    attempts = of_hub.get_verbosity()
+    of_hub.set_verbosity_error()
     for module in shown:
         module.disable_progress_bar()
     if not warnings:
@@ -108,6 +128,7 @@ def quiet(*, warnings: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        of_hub.set_verbosity(attempts)
         of_transformers.set_verbosity(verbosity)
         for module in shown:
             module.enable_progress_bar()

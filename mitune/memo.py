@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import fcntl
 import functools
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mitune import config, processes
+from mitune import config, processes, sources
 from mitune.artifacts import read_json, write_json
 
 
@@ -59,12 +56,6 @@ def _hashed(file: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _code() -> dict[str, str]:
-    """The sources of the package's modules that are in use: shards of another version of the code are not resumed."""
-    used = {name: module.__file__ for name, module in sorted(sys.modules.items()) if name.startswith("mitune.") and getattr(module, "__file__", None)}
-    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in used.items()}
-
-
 @contextlib.contextmanager
 def scratch(name: str, *key: Any) -> Iterator[Path]:
     """An untracked folder `.scratch/{name}/{hash of key and code}` for unfinished work: kept on an error or a kill, removed at the end.
@@ -72,7 +63,7 @@ def scratch(name: str, *key: Any) -> Iterator[Path]:
     Work of another key under the same name is stale and is removed at the start. Several processes work in it together.
     """
     home = config.root() / ".scratch" / name
-    folder = home / digest(*key, _code())
+    folder = home / digest(*key, sources.loaded())
     if home.is_dir() and processes.is_first():
         for other in home.iterdir():
             if other != folder:
@@ -103,7 +94,7 @@ def shared(name: str, *key: Any, make: Callable[[Path], object]) -> Path:
     making took. When something is made, what has not been asked for in `KEPT_DAYS` days is removed.
     """
     home = config.root() / ".scratch" / "shared"
-    folder = home / f"{name}-{digest(*key, sources(make), {library: importlib.metadata.version(library) for library in LIBRARIES})}"
+    folder = home / f"{name}-{digest(*key, sources.of_function(make), {library: importlib.metadata.version(library) for library in LIBRARIES})}"
     part = folder.with_suffix(".part")
     while not processes.agreed(folder.exists()):
         part.mkdir(parents=True, exist_ok=True)
@@ -145,27 +136,3 @@ def _remove_unused(home: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process has finished or removed it
             if time.time() - other.stat().st_mtime > KEPT_DAYS * 24 * 3600:
                 shutil.rmtree(other)
-
-
-def sources(function: Callable) -> dict[str, str]:
-    """SHA-256 of the file that defines a function, and of the package's modules that this file imports, and these in their turn."""
-    package = Path(__file__).parent
-    found, new = {}, {Path(inspect.getsourcefile(function))}
-    while new:
-        file = new.pop()
-        found[file] = hashlib.sha256(file.read_bytes()).hexdigest()
-        new |= _imported(file, package) - found.keys()
-    return {file.stem if file.parent == package else f"{file.parent.name}.{file.stem}": hashed for file, hashed in sorted(found.items())}
-
-
-def _imported(file: Path, package: Path) -> set[Path]:
-    """The files of the package's modules that a file imports, wherever in it."""
-    named = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.ImportFrom):
-            named |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names}
-    parts = [name.split(".")[1:] for name in named if name.split(".")[0] == package.name]
-    files = [file for part in parts for file in (package.joinpath(*part).with_suffix(".py"), package.joinpath(*part, "__init__.py"))]
-    return {file for file in files if file.is_file()}

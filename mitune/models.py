@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mitune import adapters, memory
-from mitune.loading import check_pipeline, check_weights, describe, located, quiet
+from mitune.loading import check_pipeline, check_tokenizer, check_weights, describe, located, quiet
 from mitune.pipelines import KINDS, LatentDiffusion, dtype_of
 
 
@@ -88,9 +88,13 @@ def _pipeline(source: str):
         with quiet():
             family = getattr(diffusers, kind)
         with quiet(warnings=True):
-            return family.from_pretrained(folder, dtype=torch.float32, **without)
+            pipeline = family.from_pretrained(folder, dtype=torch.float32, **without)
     except Exception as error:
         raise ValueError(f"cannot load a diffusers pipeline from {source!r}: {describe(error)}") from error
+    for name, part in pipeline.components.items():
+        if name.startswith("tokenizer") and part is not None:
+            check_tokenizer(part, folder / name)
+    return pipeline
 
 
 def _denoiser(folder: Path, own: torch.nn.Module):

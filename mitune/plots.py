@@ -7,16 +7,20 @@ mean, low and high.
 from __future__ import annotations
 
 import functools
+import itertools
 import textwrap
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import patheffects
+from matplotlib.container import Container
 from matplotlib.figure import Figure
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 CONTROL = "#808080"
+SIDES = ((False, True), (True, True), (False, False), (True, False))  # right, up: where the labels of one path after another stand
 
 
 def _styled(function):
@@ -66,13 +70,14 @@ def image_grid(images, *, scores=None, captions=None, columns=None, score_format
 
 @_styled
 def interval_dots(series: dict[str, dict], *, xlabel: str, control: str | None = None, reference: dict[str, float] | None = None, zero: bool = False) -> Figure:
-    """Dots with intervals: {series: {label: interval}}, a line a label, a colour a series.
+    """Dots with intervals: {series: {label: interval}}, a line a label, a colour a series; where no label has two series, each stands on its line.
 
     The series `control` is grey; `reference` {label: value} marks the paper's value by a cross; `zero` draws the line of no effect.
     """
     labels = _labels(series)
-    figure, ax = plt.subplots(figsize=(6.4, 0.9 + len(labels) * max(0.42, 0.24 * len(series))))
-    for (name, rows), offset, color in _placed(series, control, width=0.66):
+    beside = max((sum(label in rows for rows in series.values()) for label in labels), default=1)
+    figure, ax = plt.subplots(figsize=(6.4, 0.9 + len(labels) * max(0.42, 0.24 * beside)))
+    for (name, rows), offset, color in _placed(series, control, width=0.66 if beside > 1 else 0.0):
         at, intervals = _points(rows, labels)
         means, errors = _bars(intervals)
         ax.errorbar(means, -(at + offset), xerr=errors, fmt="o", color=color, capsize=3, label=name)
@@ -88,18 +93,21 @@ def interval_dots(series: dict[str, dict], *, xlabel: str, control: str | None =
 
 
 @_styled
-def interval_bars(series: dict[str, dict], *, ylabel: str, control: str | None = None, reference: dict[str, float] | None = None) -> Figure:
-    """Grouped bars with intervals: {series: {label: interval}}, a group a label; `control` and `reference` as in `interval_dots`."""
+def interval_bars(series: dict[str, dict], *, ylabel: str, control: str | None = None, reference: dict[str, float] | None = None, level: float = 0.0) -> Figure:
+    """Grouped bars with intervals: {series: {label: interval}}, a group a label; `control` and `reference` as in `interval_dots`.
+
+    Bars stand on `level`, what no effect gives: one half for an AUC.
+    """
     labels = _labels(series)
     figure, ax = plt.subplots(figsize=(max(6.4, 1.2 * len(labels)), 3.8))
     for (name, rows), offset, color in _placed(series, control, width=0.8):
         at, intervals = _points(rows, labels)
         means, errors = _bars(intervals)
-        ax.bar(at + offset, means, 0.8 / len(series), yerr=errors, color=color, capsize=2, error_kw={"lw": 1.2}, label=name)
+        ax.bar(at + offset, means - level, 0.8 / len(series), level, yerr=errors, color=color, capsize=2, error_kw={"lw": 1.2}, label=name)
     if reference:
         at = np.array([labels.index(label) for label in reference])
         ax.hlines(list(reference.values()), at - 0.45, at + 0.45, color="black", ls="--", lw=1.5, label="paper")
-    ax.axhline(0, color="black", lw=1)
+    ax.axhline(level, color="black", lw=1)
     ax.set_xticks(range(len(labels)), labels)
     ax.set(ylabel=ylabel)
     ax.grid(axis="y")
@@ -109,10 +117,11 @@ def interval_bars(series: dict[str, dict], *, ylabel: str, control: str | None =
 @_styled
 def curves(
     lines: dict[str, tuple], *, xlabel: str, ylabel: str, control: str | None = None, reference: dict[str, float] | None = None,
-    points: dict[str, tuple] | None = None, log_x: bool = False, log_y: bool = False,
+    points: dict[str, tuple] | None = None, levels: dict[str, tuple] | None = None, log_x: bool = False, log_y: bool = False,
 ) -> Figure:  # fmt: skip
     """Lines with bands: {name: (x, mean)} or {name: (x, mean, low, high)}; `reference` {name: y} draws dashed levels.
 
+    `levels` {what: (name, y)} are dashed levels in the colour of the line of that name.
     `points` {name: (x, intervals)} are dots with error bars in the colour of the line of that name: what was measured beside what was computed.
     """
     figure, ax = plt.subplots()
@@ -124,27 +133,32 @@ def curves(
     for name, (x, intervals) in (points or {}).items():
         means, errors = _bars(intervals)
         ax.errorbar(x, means, yerr=errors, fmt="o", color=colors[name], capsize=3, ms=6)
-    for name, level in (reference or {}).items():
-        ax.axhline(level, color="black", ls="--", lw=1.5, label=name)
+    dashed = [(what, level, colors[name]) for what, (name, level) in (levels or {}).items()]
+    dashed += [(what, level, "black") for what, level in (reference or {}).items()]
+    for what, level, color in dashed:
+        ax.axhline(level, color=color, ls="--", lw=1.5, label=what)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
     ax.grid()
-    return _legend(figure, ax, len(lines) + len(reference or {}))
+    return _legend(figure, ax, len(lines) + len(dashed))
 
 
 @_styled
 def trade_off(paths: dict[str, dict], *, xlabel: str, ylabel: str, control: str | None = None, marked: dict[str, list] | None = None) -> Figure:
-    """Paths through a plane: {name: {label: (x interval, y interval)}}, points joined in order with both error bars, a label at each.
+    """Paths through a plane: {name: {label: (x interval, y interval)}}, points joined in order with both error bars, a label at each, on a side of the path's.
 
     The path `control` is grey; `marked` {what: [(name, label), ...]} rings points.
     """
-    figure, ax = plt.subplots(figsize=(6.4, 4.8))
+    figure, ax = plt.subplots(figsize=(7.4, 5.6))
     colors = _colors(paths, control)
-    for name, color in ((name, colors[name]) for name in paths):
+    for (name, color), (right, up) in zip(((name, colors[name]) for name in paths), itertools.cycle(SIDES), strict=False):
         xs, ys = (_bars([point[axis] for point in paths[name].values()]) for axis in (0, 1))
-        ax.errorbar(xs[0], ys[0], xerr=xs[1], yerr=ys[1], fmt="o-", color=color, ecolor=(*matplotlib.colors.to_rgb(color), 0.35), ms=5, label=name)
+        faint = (*matplotlib.colors.to_rgb(color), 0.25)
+        ax.errorbar(xs[0], ys[0], xerr=xs[1], yerr=ys[1], fmt="o-", color=color, ecolor=faint, elinewidth=1.2, ms=5, label=name)
         for label, x, y in zip(paths[name], xs[0], ys[0], strict=True):
-            ax.annotate(str(label), (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=color)
-    for size, (what, points) in zip((15, 20, 25), (marked or {}).items(), strict=False):
+            halo = [patheffects.withStroke(linewidth=2.5, foreground="white")]
+            side = {"ha": "left" if right else "right", "va": "bottom" if up else "top", "xytext": (6 if right else -6, 3 if up else -3)}
+            ax.annotate(str(label), (x, y), textcoords="offset points", fontsize=9.5, color=color, path_effects=halo, zorder=4, **side)
+    for size, (what, points) in zip((10, 14, 18), (marked or {}).items(), strict=False):
         x, y = zip(*([interval.mean for interval in paths[name][label]] for name, label in points), strict=True)
         ax.plot(x, y, "o", ms=size, mfc="none", mec="black", mew=1.2, ls="none", label=what)
     ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -198,16 +212,17 @@ def _points(rows: dict, labels: list[str]) -> tuple[np.ndarray, list]:
 def _bars(intervals: list) -> tuple[np.ndarray, np.ndarray]:
     """Means (n,) and the lengths (2, n) of their error bars; no bar where there is no interval."""
     means = np.array([interval.mean for interval in intervals], dtype=float)
-    ends = np.array([[interval.low, interval.high] for interval in intervals], dtype=float).T
+    ends = np.array([[interval.low, interval.high] for interval in intervals], dtype=float).reshape(-1, 2).T
     return means, np.nan_to_num(np.maximum([means - ends[0], ends[1] - means], 0))
 
 
 def _legend(figure: Figure, ax, n: int) -> Figure:
-    """A legend above the axes, no wider than the figure, if there is more than one thing to tell apart."""
+    """A legend above the axes, in as few rows as the figure is wide enough for, if there is more than one thing to tell apart; what has no interval is last."""
     if n > 1:
-        for columns in range(min(n, 3), 0, -1):
-            legend = figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
-            if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+        entries = sorted(zip(*ax.get_legend_handles_labels(), strict=True), key=lambda entry: not isinstance(entry[0], Container))
+        for rows in range(1, n + 1):
+            legend = figure.legend(*zip(*entries, strict=True), loc="outside upper center", ncols=-(-n // rows))
+            if rows == n or legend.get_window_extent().width <= figure.bbox.width:
                 break
             legend.remove()
     return figure

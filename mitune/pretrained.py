@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mitune.loading import describe, quiet
+from mitune.loading import check_file, check_tokenizer, describe, on_hub, quiet
 
 
 def pretrained(kind: Any, source: str | Path, *, device: str = "cpu", dtype: str = "float32") -> torch.nn.Module:
@@ -16,6 +16,8 @@ def pretrained(kind: Any, source: str | Path, *, device: str = "cpu", dtype: str
     Raises:
         ValueError: it cannot be read, or its weights are not all there.
     """
+    for weights in Path(source).glob("*.safetensors"):
+        check_file(weights)
     with quiet():
         model, loaded = _opened(kind, source, dtype=getattr(torch, dtype), output_loading_info=True)
     if missing := sorted(loaded["missing_keys"]):
@@ -24,9 +26,13 @@ def pretrained(kind: Any, source: str | Path, *, device: str = "cpu", dtype: str
 
 
 def companion(kind: Any, source: str | Path) -> Any:
-    """The tokenizer, processor or configuration beside a model. Raises ValueError where it cannot be read."""
+    """The tokenizer, processor or configuration beside a model. Raises ValueError where it cannot be read, or knows no word."""
     with quiet():
-        return _opened(kind, source)
+        found = _opened(kind, source)
+    tokenizer = getattr(found, "tokenizer", found)
+    if hasattr(tokenizer, "get_vocab"):
+        check_tokenizer(tokenizer, source)
+    return found
 
 
 def file(source: str | Path, name: str) -> Path:
@@ -36,11 +42,13 @@ def file(source: str | Path, name: str) -> Path:
         return place if place.is_file() else place / name
     if place.is_dir():
         raise ValueError(f"{name} is missing in {str(source)!r}: download it there, or name the file")
+    _must_be_on_hub(name, source)
     try:
         from huggingface_hub import hf_hub_download
 
         repository, _, revision = str(source).partition("@")
-        return Path(hf_hub_download(repository, name, revision=revision or None))
+        with quiet():
+            return Path(hf_hub_download(repository, name, revision=revision or None))
     except Exception as error:
         raise ValueError(_cannot(name, source, error)) from error
 
@@ -49,10 +57,17 @@ def _opened(kind: Any, source: str | Path, **options) -> Any:
     name, _, revision = str(source).partition("@")
     if Path(source).is_dir():
         name, revision = str(source), None
+    else:
+        _must_be_on_hub(kind.__name__, source)
     try:
         return kind.from_pretrained(name, revision=revision or None, **options)
     except Exception as error:
         raise ValueError(_cannot(kind.__name__, source, error)) from error
+
+
+def _must_be_on_hub(what: str, source: str | Path) -> None:
+    if not on_hub(source):
+        raise ValueError(f"cannot read {what} from {str(source)!r}: that is no folder, and no name on the hub ('owner/name')")
 
 
 def _cannot(what: str, source: str | Path, error: Exception) -> str:

@@ -162,6 +162,7 @@ def base(params) -> LatentDiffusion:
     return load(folder if folder.exists() else entry.pipeline)
 
 
+ABOVE = "interval above {}; not if it lies below, else undecided"  # the rule of `Interval.above`
 NOTHING = ("-", "no such control")  # what a finding has in place of the paper's number where the paper has none
 
 
@@ -195,6 +196,18 @@ def ledger(findings: dict[str, Finding]) -> pd.DataFrame:
     """The findings as a table to show."""
     rows = [(f.claim, f.reported, f.shown, f.rule, f.verdict) for f in findings.values()]
     return pd.DataFrame(rows, columns=["claim", "paper", "ours (95 % interval)", "rule", "verdict"]).set_index("claim")
+
+
+def resolution(width: float, printed: Iterable[float], what: str) -> Markdown:
+    """Whether a study whose widest interval has this half width (points) can see differences of the printed size, and how much larger it must be if not.
+
+    A difference as large as the half width h is told from 0 in half of all runs, one of (1 + 0.84 / 1.96) h in four of five; h falls with the root of the
+    number of scenes and seeds. The judges differ: this tells the order of magnitude only.
+    """
+    largest = max(map(abs, printed))
+    times = ((1 + 0.84 / 1.96) * width / largest) ** 2
+    takes = f"about {times:.1f} times as many scenes and seeds" if times > 1 else "no more scenes and seeds than were run"
+    return Markdown(f"{what}: at most {largest:.1f} points. To tell a difference of that size from 0 in four runs of five takes {takes}.")
 
 
 def report(findings: dict[str, Finding], path: Path, **numbers) -> None:

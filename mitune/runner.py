@@ -25,7 +25,7 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from mitune import config, processes
+from mitune import config, processes, threads
 
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_TOP_PAD_": "268435456"}
 """For glibc: the kernel keeps the memory of a freed activation for the next one, instead of handing it back to the system after every layer."""
@@ -145,6 +145,7 @@ def _environment(root: Path) -> Iterator[None]:
     os.environ["MITUNE_ROOT"] = str(root)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), before.get("PYTHONPATH")]))
     os.environ.setdefault("PYTHONHASHSEED", "0")
+    os.environ["OMP_NUM_THREADS"] = "1"  # whatever it is outside: bytes do not depend on the number of cores, which share the work by `mitune.threads`
     os.environ.update(processes.own_gpu(dict(os.environ)))
     for name, value in ALLOCATOR.items():
         os.environ.setdefault(name, value)
@@ -193,22 +194,25 @@ def _follow(file: Path, label: str, done: threading.Event) -> None:
 
 
 def record_seconds(name: str, seconds: float) -> None:
-    """Remember, untracked, how long a notebook took: `make repro` tells the time left from it."""
+    """Remember, untracked, how long a notebook took, and how many computations it could do at once: `make repro` tells the time left from it."""
     from mitune.artifacts import write_json
 
-    file = config.root() / ".scratch" / "seconds" / f"{name}.json"
-    write_json({"seconds": round(seconds, 1)}, file)
+    write_json({"seconds": round(seconds, 1), "workers": threads.workers("cpu")}, _record(name))
 
 
-def seconds(name: str) -> float | None:
-    file = config.root() / ".scratch" / "seconds" / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.is_file() else None
+def recorded(name: str) -> dict[str, float] | None:
+    """What `record_seconds` noted of a notebook's last run here: `seconds`, `workers`."""
+    return json.loads(_record(name).read_text(encoding="utf-8")) if _record(name).is_file() else None
+
+
+def _record(name: str) -> Path:
+    return config.root() / ".scratch" / "seconds" / f"{name}.json"
 
 
 def together(arguments: list[str], count: int) -> int:
     """This command in `count` processes of this machine, which meet in the kernel of each; its exit status. `accelerate launch` does the same on several."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "mitune.runner", *arguments]
-    return subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}).returncode
+    return subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode  # as in `_environment`; torch would tell that it is so
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ def shards(
 
     The bounds depend on `size` alone, so that an interrupted run ends with the same bytes as an uninterrupted one. `compute` returns
     tensors of shape (len(slice), ...). `progress` is advanced by the number of items. On a CPU as many slices are computed side by side
-    as torch has threads, each on one of them: faster than one slice on all, and the bytes do not depend on the number of cores. Of several
+    as there are workers (`mitune.threads`), each on one core: faster than one slice on all, and the bytes do not depend on the number of cores. Of several
     processes (`mitune.processes`) each computes every n-th slice and reads the others', so that all return the same.
     """
     if not items:

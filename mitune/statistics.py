@@ -6,7 +6,7 @@ whole clusters are resampled. Where several seeds were run, clusters and seeds a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,16 +54,26 @@ class Interval:
         """Of the negated values."""
         return Interval(-self.mean, -self.high, -self.low, self.n, self.undefined)
 
+    def above(self, level: float) -> bool | None:
+        """Whether the mean is above `level`: True if the whole interval is, False if all of it lies below, None (undecided) otherwise."""
+        return True if self.low > level else False if self.high < level else None
+
     @property
     def positive(self) -> bool | None:
-        """Whether the mean is above 0: True if the whole interval is, False if all of it lies below, None (undecided) otherwise."""
-        return True if self.low > 0 else False if self.high < 0 else None
+        """Whether the mean is `above` 0."""
+        return self.above(0)
 
     def equivalent(self, value: float, tolerance: float) -> bool | None:
         """Whether the mean is `value` within `tolerance`: True if the whole interval is, False if none of it is, None (undecided) otherwise."""
         if value - tolerance <= self.low and self.high <= value + tolerance:
             return True
         return False if self.high < value - tolerance or self.low > value + tolerance else None
+
+
+def every(held: Iterable[bool | None]) -> bool | None:
+    """Whether all hold: False if one does not, None (undecided) if one is undecided and none fails."""
+    held = list(held)
+    return False if False in held else None if None in held else True
 
 
 # ---------------------------------------------------------------- bootstrap

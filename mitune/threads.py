@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def workers(device: str) -> int:
-    """How many computations run at the same time: on a CPU as many as torch has threads."""
-    return torch.get_num_threads() if device == "cpu" else 1
+    """How many computations run at the same time: on a CPU one a core, or as many as $MITUNE_WORKERS says."""
+    return int(os.environ.get("MITUNE_WORKERS") or cores()) if device == "cpu" else 1
 
 
 @contextlib.contextmanager
@@ -21,8 +25,10 @@ def side_by_side(device: str) -> Iterator[Callable]:
     if device != "cpu":
         yield map
         return
-    threads = workers(device)
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    import torch
+
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers(device), initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool.map
     finally:

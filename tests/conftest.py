@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
+    os.environ["OMP_NUM_THREADS"] = os.environ["MITUNE_WORKERS"] = "1"  # of the processes that tests start, too
 
 import torch
 

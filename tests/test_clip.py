@@ -1,5 +1,7 @@
 """Oracle: the cosine of CLIPModel's own outputs, and open_clip's architecture written with torch's attention."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,30 @@ def folder(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder), tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_what_is_no_clip_model_is_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cut, silent, pickled = (shutil.copytree(folder, tmp_path / name) for name in ("cut", "silent", "pickled"))
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[:-9])
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (silent / name).unlink()
+    (pickled / "model.safetensors").unlink()
+    torch.save({"any": print}, pickled / "pytorch_model.bin")
+    cases = {
+        cut: r"cut/model\.safetensors' is not a whole safetensors file \(.*\); delete it and download it again",
+        silent: "the tokenizer of .*silent' knows no word",
+        pickled: "cannot read CLIPModel from .*: it is a pickle of more than tensors, which can run any code; name a folder",
+        folder / "config.json": r"config\.json': that is no folder, and no name on the hub \('owner/name'\)",
+        tmp_path / "none": "that is no folder, and no name on the hub",
+    }
+    for source, message in cases.items():
+        with pytest.raises(ValueError, match=message) as error:
+            ClipScore.load(source)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"cannot read HPS_v2\.1_compressed\.pt from .*none': that is no folder"):
+        load_hps(tmp_path / "none", folder)
 
 
 def cosines(scorer, images) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mitune import artifacts, bench, config, finetuning, models
+from mitune import artifacts, bench, config, finetuning, models, threads
 from mitune.artifacts import Results, read_json, read_table
 from mitune.stages import cost
 
@@ -61,7 +61,7 @@ def test_measured_once_and_then_read(values, monkeypatch):
     table = cost.build(params, values)
     assert read_table(Results("shapes").cost("timed.parquet"), "timed").equals(table) and set(table["part"]) == {"judge"}
     facts = read_json(Results("shapes").cost("facts.json"))
-    assert facts["recorded"] == {} and facts["machine"]["busy"] == torch.get_num_threads()
+    assert facts["recorded"] == {} and facts["machine"]["busy"] == threads.workers("cpu")
     monkeypatch.setattr(cost, "measure", None)
     assert cost.build(params, values).equals(table)
     assert artifacts.SCHEMAS["timed"].keys() == set(table.columns)

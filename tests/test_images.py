@@ -161,10 +161,14 @@ def test_coco_has_an_image_and_its_first_caption(coco):
 
 
 def test_a_coco_file_that_is_another_is_named(coco):
-    for raw in ("{}", "[1", '{"images": [], "annotations": [{"image_id": 1, "id": 1, "caption": "a"}]}'):
+    named, note = '{"id": 1, "file_name": "a.jpg"}', '{"image_id": 1, "id": 1, "caption": %s}'
+    for raw in ("{}", "[1", *(f'{{"images": [{image}], "annotations": [{note % caption}]}}' for image, caption in (("", '"a"'), (named, "3")))):
         (coco / "annotations" / "captions_val2014.json").write_text(raw)
         with pytest.raises(ValueError, match=r"captions_val2014\.json is no file of COCO captions \(.*fetch it again"):
             images.coco(coco)
+    (coco / "annotations" / "captions_val2014.json").write_text('{"images": [], "annotations": []}')
+    with pytest.raises(ValueError, match="has no image: give"):
+        images.captioned(coco)
     (coco / "annotations" / "captions_val2014.json").unlink()
     with pytest.raises(ValueError, match=r"captions_val2014\.json is missing"):
         images.coco(coco)

@@ -2,15 +2,16 @@
 
 import ast
 import graphlib
+import shlex
 
 import nbformat
 import pytest
 
-from mitune import config
+from mitune import config, sources
 
 PACKAGE = config.root() / "mitune"
 FLOORS = {
-    0: {"schema", "commands", "processes", "threads", "prompts", "pixels", "language", "statistics", "plots", "captions", "reported"},
+    0: {"schema", "commands", "processes", "sources", "threads", "prompts", "pixels", "language", "statistics", "plots", "captions", "reported"},
     1: {"judges", "recipes", "checks", "config", "benchmarks", "geometry", "images", "scenes", "mixture"}
     | {"denoisers", "loading", "memory", "adapters", "pipelines", "models", "pretrained"},
     2: {
@@ -93,12 +94,16 @@ def stages():
 
 @pytest.mark.parametrize(("name", "stage"), list(stages()), ids=[name for name, _ in stages()])
 def test_a_stage_depends_on_the_modules_that_its_notebook_uses(name, stage):
-    notebook = nbformat.read(config.root() / stage["deps"][0], as_version=4)
-    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code" and not cell.source.startswith("%"))
-    used = {SOURCES[module].relative_to(config.root()).as_posix() for module in closure(siblings(code) | {"runner"})}
-    listed = {dep for dep in stage["deps"] if dep.endswith(".py")}
-    assert listed == used, f"deps of {name} in dvc.yaml: add {sorted(used - listed)}, remove {sorted(listed - used)}"
-    assert all((config.root() / dep).is_file() for dep in stage["deps"] if dep.startswith(("mitune/", "notebooks/")))
+    """Through the file that stage `code` writes of it."""
+    path = config.root() / shlex.split(stage["cmd"])[3]
+    notebook = nbformat.read(path, as_version=4)
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    used = {"mitune", *(f"mitune.{module}" for module in closure(siblings(code) | {"runner"}))}
+    assert set(sources.of_notebooks(config.root() / "notebooks")[path.stem]) == used
+    deps = {dep for dep in stage["deps"] if dep.endswith(".py") or dep.startswith("results/${model}/code") or dep == "mitune"}
+    wanted = "mitune" if name == "code" else f"results/${{model}}/code/{path.stem}.json"
+    assert deps == {wanted}, f"deps of {name} in dvc.yaml: add {wanted}, remove {sorted(deps - {wanted})}"
+    assert all((config.root() / dep).exists() for dep in stage["deps"] if dep.startswith(("mitune", "notebooks")))
 
 
 @pytest.mark.parametrize(("name", "stage"), list(stages()), ids=[name for name, _ in stages()])

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 from mitune import bench, config, weights
 from mitune.information import renoised_terms
-from mitune.loading import check_file, check_weights, located
+from mitune.loading import check_file, check_tokenizer, check_weights, located, quiet
 from mitune.models import load
 from mitune.sampling import sample
 from mitune.stages import judging, open_model
@@ -56,9 +58,19 @@ def _another_index(folder):
     (folder / "model_index.json").write_text("[1]")
 
 
+def _no_vocabulary(folder):
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+
+
+def _no_length(folder):
+    (folder / "tokenizer" / "tokenizer_config.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (_no_vocabulary, r"the tokenizer of '.*/tokenizer' knows no word: its tokenizer.json or vocabulary is missing; download it again"),
+        (_no_length, r"tokenizer_config.json' is missing, which says how long a prompt may be"),
         (_cut_off, r"unet/diffusion_pytorch_model.safetensors' is not a whole safetensors file .*; delete it and download it again"),
         (_pickle, r"vae/diffusion_pytorch_model.bin' is a pickle, which can run any code"),
         (_no_weights, r"there are no weights in .*text_encoder'"),
@@ -193,6 +205,20 @@ def test_the_judges_weights_are_fetched_with_the_models(monkeypatch, capsys):
     monkeypatch.setattr(judging, "opened", hub_error(ValueError))
     assert weights.main(["sdxl"]) == 1
     assert capsys.readouterr().err.startswith("mitune: what the hub said")
+
+
+def test_a_tokenizer_without_its_files_knows_no_word(tmp_path):
+    """Oracle: transformers, which makes one of an empty folder without an error."""
+    for kind in (transformers.CLIPTokenizer, transformers.BertTokenizerFast, transformers.T5TokenizerFast, transformers.LlamaTokenizerFast):
+        with pytest.raises(ValueError, match="knows no word"):
+            check_tokenizer(kind.from_pretrained(tmp_path), tmp_path)
+
+
+def test_the_hubs_word_of_each_attempt_is_not_told():
+    before = huggingface_hub.utils.logging.get_verbosity()
+    with quiet():
+        assert huggingface_hub.utils.logging.get_verbosity() == logging.ERROR
+    assert huggingface_hub.utils.logging.get_verbosity() == before
 
 
 def test_an_offline_folder_is_all_that_is_asked(monkeypatch, folder):

@@ -8,9 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from mitune import memo, prompts, shards
+from mitune import memo, shards
 from mitune.artifacts import read_json, write_json
-from mitune.stages import pool
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def test_shared_work_is_done_once_and_anew_when_anything_changes(project, monkey
     assert [value(1, project / "f"), value(1, project / "f"), value(2, project / "f"), value(1, project / "f")] == [1, 1, 2, 1]
     (project / "f").write_text("b")
     assert value(1, project / "f") == 3
-    monkeypatch.setattr(memo, "sources", lambda make: {"pool": "another"})
+    monkeypatch.setattr(memo.sources, "of_function", lambda make: {"pool": "another"})
     assert value(1, project / "f") == 4
     monkeypatch.setattr(memo.importlib.metadata, "version", lambda library: "9.9")
     assert value(1, project / "f") == 5
@@ -141,11 +140,3 @@ def test_what_nobody_uses_is_removed_when_something_is_made(project):
     memo.shared("pool", 3, make=make)
     assert not old.exists()
     assert used.exists()
-
-
-def test_the_code_of_shared_work_is_what_its_module_imports():
-    assert set(memo.sources(prompts.read_prompts)) == {"prompts"}
-    named = set(memo.sources(pool.build))
-    assert {"stages.pool", "information", "models", "sampling", "config", "recipes", "checks", "schema", "prompts", "artifacts", "memo", "shards"} <= named
-    assert not {"finetuning", "plots", "selection", "stages.scores"} & named
-    assert all(len(sha) == 64 for sha in memo.sources(pool.build).values())

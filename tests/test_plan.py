@@ -29,7 +29,7 @@ def test_the_default_stages_by_hand():
     assert stages["pool"].disk == 6 * 52 * 16 * (256 + 2 * 25) * 4  # latents and two terms a step, float32
     assert stages["pool"].largest == 40 * 16 * (256 + 2 * 25) * 4
     assert stages["scores"].evaluations == 6 * 52 * 16 * 48 * 2
-    assert (stages["finetune"].steps, stages["finetune"].samples) == (6 * 4 * 60, 6 * 4 * 60 * 32)
+    assert (stages["finetune"].steps, stages["finetune"].samples) == (6 * 4 * 60, 6 * 4 * 60 * 16)
     assert stages["finetune"].disk == 24 * 1000 * 2  # saved in float16
     images = (5 * (60 + 20) + 60) * 4  # color has no compositional prompts here
     assert stages["evaluate"].evaluations == 5 * images * 25 * (1 + 2)  # base and four arms; without guidance one branch
@@ -82,7 +82,7 @@ def test_more_candidates_are_more_work():
 
 def test_the_full_profile_has_the_steps_that_were_counted_before():
     stages = plan.plan(plan.parameters("full"), SIZES)
-    assert sum(stages[study].steps for study in ("cfg_rounds", "set_size", "adapters", "merging", "selection")) == 42_180
+    assert sum(stages[study].steps for study in ("cfg_rounds", "set_size", "adapters", "merging", "selection")) == 42_780
 
 
 def test_the_papers_profile_is_the_papers_setting():

@@ -106,3 +106,27 @@ def test_a_legend_is_no_wider_than_its_figure():
     figure = plots.interval_dots(long, xlabel="share (%)")
     (legend,) = figure.legends
     assert legend.get_window_extent().width <= figure.bbox.width and len(legend.get_texts()) == 3
+
+
+def test_bars_stand_on_their_level():
+    (ax,) = plots.interval_bars({"AUC": {"a": Interval(0.7, 0.6, 0.8, 9), "b": Interval(0.4, 0.3, 0.5, 9)}}, ylabel="AUC", level=0.5).axes
+    bars = ax.containers[-1]
+    np.testing.assert_allclose([(bar.get_y(), bar.get_y() + bar.get_height()) for bar in bars], [(0.5, 0.7), (0.5, 0.4)])
+
+
+def test_a_label_of_one_series_stands_on_its_line_and_the_paper_is_last_in_the_legend():
+    apart = {"picked": {"MI": Interval(1, 0, 2, 9)}, "control": {"random": Interval(0, -1, 1, 9)}}
+    figure = plots.interval_dots(apart, xlabel="x", control="control", reference={"MI": 2.0})
+    np.testing.assert_allclose([container[0].get_ydata()[0] for container in figure.axes[0].containers], figure.axes[0].get_yticks())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["picked", "control", "paper"]
+
+
+def test_a_level_has_the_colour_of_its_line():
+    (ax,) = plots.curves({"a": ([0, 1], [0, 1]), "b": ([0, 1], [1, 0])}, xlabel="x", ylabel="y", levels={"b, joint": ("b", 0.5)}).axes
+    assert ax.lines[2].get_color() == ax.lines[1].get_color()
+    assert ax.lines[2].get_linestyle() == "--"
+
+
+def test_a_series_without_rows_leaves_the_others_where_they_are():
+    (ax,) = plots.interval_bars({"none": {}, "AUC": {"a": Interval(0.7, 0.6, 0.8, 9)}}, ylabel="AUC").axes
+    assert [patch.get_height() for patch in ax.patches] == [0.7]

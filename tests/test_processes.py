@@ -169,4 +169,4 @@ def test_what_several_processes_would_only_repeat_is_run_by_one(monkeypatch):
     for name in ("pool", "sets", "00_base_model"):
         assert runner.main([f"notebooks/{name}.ipynb", "--to", f"{name}.ipynb"]) == 0
     assert started == [("notebooks/pool.ipynb", 3)]
-    assert {path.stem for path in (config.root() / "notebooks" / "stages").glob("*.ipynb")} - runner.SHARED == {"base", "cost", "index", "sets"}
+    assert {path.stem for path in (config.root() / "notebooks" / "stages").glob("*.ipynb")} - runner.SHARED == {"base", "code", "cost", "index", "sets"}

@@ -22,7 +22,7 @@ def merged(*names):
 @pytest.mark.parametrize(
     ("names", "counts"),
     [
-        (["full"], {"cfg_rounds": 6, "set_size": 5, "adapters": 6, "merging": 18, "selection": 12, "caption_noise": 6}),
+        (["full"], {"cfg_rounds": 6, "set_size": 5, "adapters": 6, "merging": 18, "selection": 14, "caption_noise": 6}),
         (["full", "smoke"], {"cfg_rounds": 3, "set_size": 3, "adapters": 2, "merging": 12, "selection": 5, "caption_noise": 2}),
     ],
 )

@@ -57,8 +57,8 @@ def test_make_repro_notes_a_stage_only_if_it_wrote_its_notebook(root):
     made.write_text("executed")
     since, run = made.stat().st_mtime, {"started": "now", "commit": "1"}
     file = root / params.reports / provenance.FILE
-    for running in (None, ("03_finetuning", since + 1), ("02_set_construction", since)):
-        repro.note(root, params, run, running)
+    for stage, began in (("03_finetuning", since + 1), ("02_set_construction", since)):
+        repro.note(root, params, run, stage, began)
         assert not file.exists()
-    repro.note(root, params, run, ("03_finetuning", since))
+    repro.note(root, params, run, "03_finetuning", since)
     assert provenance.read(file)["03_finetuning"]["md5"] == provenance.digest(made)

@@ -29,3 +29,10 @@ def test_cells_are_compared_at_the_guidance_that_all_have():
     assert reading.scales(several) == [1.0, 2.5]
     with pytest.raises(ValueError, match="no guidance scale in common"):
         reading.scales([*several, dataclasses.replace(recipe, guidance_scales=(5.0,))])
+
+
+@pytest.mark.parametrize(("width", "said"), [(2.8, "about 4.0 times as many"), (0.7, "no more scenes and seeds than were run")])
+def test_what_a_study_would_need_to_see_the_printed_differences(width, said):
+    """A half width is 1.96 standard errors, and 80 % of runs see 1.96 + 0.84 of them: 2 points need one of 2 / 2.8, a half width of 1.4."""
+    text = reading.resolution(width, [-2.0, 0.5], "Differences").data
+    assert "at most 2.0 points" in text and said in text

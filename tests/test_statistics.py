@@ -256,3 +256,8 @@ def test_the_jackknife_takes_whole_clusters_and_adds_the_spread_of_seeds():
     assert len(seen) == 21 and all(set(counts) <= {0, 2} for counts in seen)
     one = statistics.jackknife(lambda rows: 5.0, np.zeros(4))
     assert one.mean == 5.0 and np.isnan(one.low)
+
+
+@pytest.mark.parametrize(("held", "expected"), [((True, True), True), ((True, None), None), ((None, False), False), ((), True)])
+def test_all_hold_if_each_does_and_fail_if_one_fails(held, expected):
+    assert statistics.every(held) is expected

@@ -323,6 +323,7 @@ def test_features_are_those_of_the_images_of_their_rows(params, values):
     assert ours.prompts.tolist() == [0, 1, 2] * 2 and ours.measures == ("cmmd", "vendi")
     apart = tradeoff.difference(ours, base, "cmmd")
     assert apart.mean == pytest.approx(tradeoff.value(ours, "cmmd").mean - tradeoff.value(base, "cmmd").mean)
+    assert tradeoff.difference(ours, base, "cmmd", times=2).mean == pytest.approx(apart.mean - tradeoff.value(base, "cmmd").mean)
     assert tradeoff.point(tradeoff.view(params, "cfg_rounds", "R2", 1.0, split="val"), "vendi") >= 1
     assert tradeoff.view(params, "cfg_rounds", "R2", 1.0, of="decoded").features.shape == (3, 96)
     with pytest.raises(ValueError, match="same prompts and seeds"):
@@ -399,5 +400,5 @@ def test_a_new_or_changed_key_concerns_its_own_cell_and_article_alone(tmp_path):
 
 
 def test_the_spine_has_no_study_and_no_index():
-    own = ["base", "pool@color", "finetune@color-judge", "00_base_model", "01a_exact_worlds", "03_finetuning"]
+    own = ["code", "base", "pool@color", "finetune@color-judge", "00_base_model", "01a_exact_worlds", "03_finetuning"]
     assert repro.spine([*own, "set_size@M50_k1", "adapters@dora", "05_set_size", "10_caption_noise", "99_claims", "index"]) == own

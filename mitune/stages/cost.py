@@ -34,6 +34,7 @@ from mitune.sampling import noise_generator, noises, sample
 from mitune.shards import progress, shards
 from mitune.stages import judging, open_model, read_prompts, weights
 from mitune.stages.pool import sampler
+from mitune.threads import workers
 
 NETWORKS = ("base", "merged", "attached")
 Job = tuple[str, int, int, Callable[[], object]]
@@ -111,17 +112,17 @@ def networks(params, trained: Path) -> dict[str, Any]:
         found[name] = {"parameters": sum(p.numel() for p in model.network.parameters()), "layers": len(leaves), "operations": counter.get_total_flops()}
     apart, effect = ((outputs[name] - outputs["attached"]).abs().max() for name in ("merged", "base"))
     kind = torch.cuda.get_device_name() if params.device.startswith("cuda") else f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
-    busy = torch.get_num_threads() if params.device == "cpu" else 1
+    busy = workers(params.device)
     return {"networks": found, "difference": float(apart / effect), "machine": {"kind": kind, "busy": busy, "dtype": params.dtype}}
 
 
-def recorded(params) -> dict[str, float]:
-    """Seconds of the first category's stages as the runner remembers them from when they last ran here, start and end of the process in them."""
-    from mitune.runner import seconds  # what the processes that measure need not carry
+def recorded(params) -> dict[str, dict[str, float]]:
+    """Of the first category's stages what the runner remembers of their last run here: `seconds`, start and end of the process in them, and `workers`."""
+    from mitune import runner  # what the processes that measure need not carry
 
     stages = {name: f"{name}-{params.categories[0]}" for name in ("pool", "scores", "finetune", "evaluate")}
     stages["finetune"] += f"-{params.cost.arm}"
-    return {name: spent for name, stage in stages.items() if (spent := seconds(stage)) is not None}
+    return {name: noted for name, stage in stages.items() if (noted := runner.recorded(stage))}
 
 
 # ---------------------------------------------------------------- parts

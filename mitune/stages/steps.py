@@ -332,7 +332,8 @@ def _evaluated(params, recipe: Recipe, category: str, split: str, trained: Seque
     opened = functools.cache(lambda: (prepared.open() if prepared else open_model(params, adapter=trained), judging.open_judges(params, category)))
 
     def at(scale: float) -> Path:
-        config = replace(params.evaluate, images=recipe.test_images, guidance_scales=(scale,))
+        shard = max(params.evaluate.shard_prompts * params.evaluate.images // recipe.test_images, 1)
+        config = replace(params.evaluate, images=recipe.test_images, guidance_scales=(scale,), shard_prompts=shard)
 
         def make(folder: Path) -> None:
             model, scores = opened()
