@@ -1,6 +1,6 @@
 """The reports as static pages that need no network (`make site`): the paper's claims first, then every article, each with its provenance.
 
-Reads the reports, `dvc.lock` and the reports' `provenance.json`; runs nothing. Formulas become MathML, code is folded, figures are files.
+Reads the reports, `dvc.lock` and the reports' `provenance.json`; runs nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import base64
 import html
 import re
 import shutil
-import struct
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,100 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from latex2mathml.converter import convert
-from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from mitune import claims, config, provenance
+from mitune import config, provenance
+from mitune.markup import boxed, definitions, folded, markdown, preformatted, tables
 
 STYLE = Path(__file__).with_name("site.css")
 MARK = ".mitune-site"  # in a folder that this module made, and may replace
-SCRIPT = {letter: chr(0x1D49C + n) for n, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ")} | dict(zip("BEFHILMR", "ℬℰℱℋℐℒℳℛ", strict=True))
-MENDS = {  # of what latex2mathml writes, for what browsers make of it
-    r'<mi mathvariant="script">([A-Z])</mi>': lambda letter: f"<mi>{SCRIPT[letter[1]]}</mi>",  # browsers leave mathvariant out of account
-    r"<mo>&#x02016;</mo>": '<mo stretchy="false" lspace="0" rspace="0">&#x02016;</mo>',  # the bars of a norm, else of unequal height
-    r"<mi>;</mi>": "<mo>;</mo>",  # with space behind it
-    r"<mi>(log|exp|max|min)</mi>(?=<m(?!o))": r'\g<0><mspace width="0.167em"/>',
-}
-VERDICT = rf"<td[^>]*>(?:<strong>)?({'|'.join([*claims.VERDICTS, *claims.OWN.values()])})(?:</strong>)?</td>"
-LONG = 40  # characters of LaTeX: a formula in a line that is longer scrolls by itself
-
-
-# ---------------------------------------------------------------- text
-
-
-def mathml(tex: str, display: str = "inline") -> str:
-    """A formula as MathML. Raises ValueError for a command that the converter does not know."""
-    try:
-        made = convert(" ".join(tex.split()), display=display)
-    except Exception as error:
-        raise ValueError(f"formula {tex.strip()!r} cannot be written as MathML: {error!r}") from None
-    if unknown := re.search(r">(\\[A-Za-z]+)", made):
-        raise ValueError(f"formula {tex.strip()!r} has the command {unknown[1]}, which latex2mathml does not know: write it otherwise")
-    for found, mended in MENDS.items():
-        made = re.sub(found, mended, made)
-    return made
-
-
-class _Renderer(IPythonRenderer):
-    """Markdown with formulas as MathML and links between notebooks as links between pages."""
-
-    def __init__(self):
-        super().__init__(escape=False, exclude_anchor_links=True)
-
-    def inline_math(self, body: str) -> str:
-        made = mathml(body)
-        return f'<span class="long">{made}</span>' if len(body) > LONG else made
-
-    def block_math(self, body: str) -> str:
-        return f'<span class="display">{mathml(body, "block")}</span>'
-
-    def latex_environment(self, name: str, body: str) -> str:
-        return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
-
-    def link(self, text: str, url: str, title: str | None = None) -> str:
-        return super().link(text, re.sub(r"^(?!\w+:)([^#]*)\.ipynb(?=#|$)", r"\1.html", url), title)
-
-
-def markdown(text: str) -> str:
-    return tables(MarkdownWithMath(_Renderer()).render(text))
-
-
-def tables(text: str) -> str:
-    """HTML with every table in a box of its own that scrolls, without pandas' own style, with verdicts marked, and with its heading at each of their cells."""
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<table\b.*?</table>", lambda table: f'<div class="scroll">{_labelled(table[0])}</div>', text, flags=re.DOTALL)
-    return re.sub(VERDICT, lambda found: f'<td class="verdict {found[1].replace(" ", "-")}">{found[1]}</td>', text)
-
-
-def _labelled(table: str) -> str:
-    """A table of words, whose cells stand below one another on a small screen, with the name of its column at each cell; one of numbers as it is."""
-    first, head, rest = re.match(r"(<table\b[^>]*>\s*)(<thead>.*?</thead>)?(.*)", table, re.DOTALL).groups()
-    if not head or ("dataframe" in first and not re.search(VERDICT, rest)):
-        return table
-    names = re.findall(r"<th\b[^>]*>(.*?)</th>", head.partition("</tr>")[0], re.DOTALL)
-
-    def row(found: re.Match) -> str:
-        cells = iter(names)
-        return re.sub(r"<(td|th)\b", lambda cell: f'<{cell[1]} data-label="{html.escape(re.sub("<.*?>", "", next(cells, "")))}"', found[0])
-
-    return first + head + re.sub(r"<tr\b.*?</tr>", row, rest, flags=re.DOTALL)
-
-
-def folded(summary: str, body: str) -> str:
-    return f"<details><summary>{html.escape(summary)}</summary>{body}</details>"
-
-
-def preformatted(text: str) -> str:
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    return f"<pre>{html.escape(text)}</pre>"
-
-
-def _definitions(rows: Mapping[str, str]) -> str:
-    """A list of terms; the values are HTML."""
-    return "<dl>" + "".join(f"<dt>{html.escape(term)}</dt><dd>{value}</dd>" for term, value in rows.items()) + "</dl>"
 
 
 # ---------------------------------------------------------------- a notebook
@@ -163,14 +77,7 @@ def _output(page: Page, output: Mapping[str, Any], heading: str) -> str:
 def _figure(page: Page, png: bytes, heading: str) -> str:
     name = f"figures/{page.name}-{len(page.files) + 1:02d}.png"
     page.files[name] = png
-    return _box(name, png, heading)
-
-
-def _box(name: str, png: bytes, words: str) -> str:
-    """A picture that shrinks to the page's width, but never below half of its own: then it scrolls in its box."""
-    width, height = struct.unpack(">II", png[16:24])
-    picture = f'<img src="{name}" width="{width}" height="{height}" style="min-width: {width // 2}px" alt="{html.escape(words)}" loading="lazy">'
-    return f'<div class="figure"><a href="{name}">{picture}</a></div>'
+    return boxed(name, png, heading)
 
 
 # ---------------------------------------------------------------- provenance
@@ -242,7 +149,7 @@ def about(source: Source, stage: str) -> str:
         rows["run time"] = f"{_time(made['seconds'])}; with what it rests on {_time(sum(spent))}, of {len(spent)} of {len(before)} stages"
     rows["device"] = ", ".join(f"{device}, {dtype}" for device, dtype in sorted(devices)) or "cpu: it reads tables"
     rows["seeds"] = ", ".join(f"<code>{html.escape(f'{key}: {value}')}</code>" for key, value in sorted(used.items())) or "none"
-    return f'<section id="provenance"><h2>Provenance</h2>{_definitions(rows)}{folded("parameters", preformatted(_yaml(parameters(entry))))}</section>'
+    return f'<section id="provenance"><h2>Provenance</h2>{definitions(rows)}{folded("parameters", preformatted(_yaml(parameters(entry))))}</section>'
 
 
 def _of_run(made: Mapping[str, Any] | None) -> dict[str, str]:
@@ -298,14 +205,14 @@ def index_page(source: Source) -> Page:
     text = readme.read_text(encoding="utf-8")
     page = Page("index", text.splitlines()[0].lstrip("# "), markdown(text))
 
-    def boxed(found: re.Match) -> str:
+    def placed(found: re.Match) -> str:
         name, words = found.groups()
         page.files[name] = (folder / name).read_bytes()
-        return _box(name, page.files[name], html.unescape(words))
+        return boxed(name, page.files[name], html.unescape(words))
 
-    page.body = re.sub(r'<p><img src="([^":]+)" alt="([^"]*)"[^>]*></p>', boxed, page.body)
+    page.body = re.sub(r'<p><img src="([^":]+)" alt="([^"]*)"[^>]*></p>', placed, page.body)
     runs = {run["started"]: run for stage in source.stages if (run := source.run(stage))}
-    noted = "".join(_definitions(_of_run(run)) for _, run in sorted(runs.items())) or _definitions(_of_run(None))
+    noted = "".join(definitions(_of_run(run)) for _, run in sorted(runs.items())) or definitions(_of_run(None))
     page.body += f'<section id="provenance"><h2>Provenance</h2>{noted}<p><a href="stages.html">All stages of the pipeline</a></p></section>'
     return page
 

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from mitune import provenance, site
+from mitune import markup, provenance, site
 
 TEXT = r"""# 01 · One
 
@@ -168,9 +168,9 @@ def test_an_earlier_site_is_replaced_and_nothing_else(root, tmp_path):
 
 def test_a_formula_that_cannot_be_written_is_named():
     with pytest.raises(ValueError, match=r"\\nosuch, which latex2mathml does not know"):
-        site.mathml(r"\nosuch{a}")
+        markup.mathml(r"\nosuch{a}")
     with pytest.raises(ValueError, match="cannot be written as MathML"):
-        site.mathml(r"\left( a")
+        markup.mathml(r"\left( a")
 
 
 def test_without_reports_the_way_to_make_them_is_told(tmp_path):
@@ -181,6 +181,6 @@ def test_without_reports_the_way_to_make_them_is_told(tmp_path):
 def test_cells_of_a_table_of_words_name_their_column():
     head = "<thead><tr><th></th><th>paper</th><th>verdict</th></tr><tr><th>claim</th><th></th><th></th></tr></thead>"
     frame = '<table border="1" class="dataframe">{}<tbody><tr><th>It is so.</th><td>0.4</td><td>{}</td></tr></tbody></table>'
-    words, numbers = (Reader(site.tables(frame.format(head, last))) for last in ("holds", "7"))
+    words, numbers = (Reader(markup.tables(frame.format(head, last))) for last in ("holds", "7"))
     assert [cell.get("data-label") for cell in words.all("td")] == ["paper", None]  # a verdict speaks for itself
     assert [cell.get("data-label") for cell in numbers.all("td")] == [None, None]
