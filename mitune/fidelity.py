@@ -40,6 +40,11 @@ def fidelity(measure: str, images: Path, reference: Path, *, weights: str | None
         raise ValueError(f"fid takes the network of its file {INCEPTION_FILE}: give it as --weights (README, Judges of real images)")
     wanted, files, references = Features(kind=MEASURES[measure], weights=weights), _files(images), _files(reference)
 
+    if measure != "cmmd":  # told by one image, not after hours of them
+        fewest, needed = min(len(files), len(references)), quality.IMAGES_A_DIMENSION * _features(wanted, files[:1], device).shape[1]
+        if fewest < needed:
+            raise ValueError(f"{fewest} images are too few for {measure}, which takes {needed}, {quality.IMAGES_A_DIMENSION} a feature: give more, or use cmmd")
+
     def make(folder: Path) -> None:
         found = _features(wanted, references, device)
         moments = quality.Moments.of(found) if measure != "cmmd" else None

@@ -129,8 +129,19 @@ def test_the_reference_is_computed_once_for_its_contents(project, inception, fol
     read, original = [], fidelity._read
     monkeypatch.setattr(fidelity, "_read", lambda file: read.append(file) or original(file))
     first = fidelity.fidelity("fid", *folders, weights=str(inception))
-    assert len(read) == 13 + 11
-    assert fidelity.fidelity("fid", *folders, weights=str(inception)) == first and len(read) == 13 + 11 + 13
+    assert len(read) == 1 + 13 + 11  # the first tells how many features an image has
+    assert fidelity.fidelity("fid", *folders, weights=str(inception)) == first and len(read) == 1 + 13 + 11 + 1 + 13
+
+
+def test_too_few_images_are_told_by_the_first(project, inception, folders, monkeypatch):
+    few, read, original = project / "few", [], fidelity._read
+    few.mkdir()
+    for file in sorted(folders[0].glob("*.png"))[:9]:
+        (few / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(fidelity, "_read", lambda file: read.append(file) or original(file))
+    with pytest.raises(ValueError, match="9 images are too few for fid, which takes 10, 5 a feature: give more, or use cmmd"):
+        fidelity.fidelity("fid", folders[0], few, weights=str(inception))
+    assert len(read) == 1
 
 
 def test_the_reference_can_be_packed(project, clip, folders):
